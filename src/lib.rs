@@ -1,0 +1,6 @@
+//! flea runs models that do not fit.
+
+pub mod error;
+pub mod units;
+
+pub use error::{Error, ErrorKind, Result};
