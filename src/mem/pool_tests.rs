@@ -81,7 +81,10 @@ pub(super) fn mapped(ranges: &[(usize, usize)]) -> (u64, usize, usize) {
     let text = std::fs::read_to_string("/proc/self/smaps").unwrap();
     let (mut inside, mut bytes, mut count, mut forked) = (false, 0, 0, 0);
     for line in text.lines() {
-        if let Some(value) = line.strip_prefix("Rss:").filter(|_| inside) {
+        // Rss does not count hugetlb pages.
+        let memory = ["Rss:", "Private_Hugetlb:", "Shared_Hugetlb:"];
+        let value = memory.iter().find_map(|name| line.strip_prefix(name));
+        if let Some(value) = value.filter(|_| inside) {
             bytes += crate::mem::limits::kilobytes(value).unwrap();
         } else if let Some(flags) = line.strip_prefix("VmFlags:").filter(|_| inside) {
             forked += usize::from(!flags.split(' ').any(|flag| flag == "dc"));
