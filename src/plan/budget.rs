@@ -7,7 +7,7 @@
 
 use super::{Plan, PlanOptions, plan, smallest_budget_bytes};
 use crate::error::{Error, ErrorKind, Result};
-use crate::model::catalog::{Catalog, Tensor};
+use crate::model::{Catalog, Tensor};
 use crate::units::{HumanBytes, KIB, MIB, MemorySpec};
 
 /// What `host_bytes` holds back for everything nobody counted: stacks, allocator slack, the reader's ring.

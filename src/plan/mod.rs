@@ -21,10 +21,10 @@ mod ring;
 #[cfg(test)]
 mod properties;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::model::catalog::{Catalog, Layer, LayerKind};
+use crate::model::{Catalog, Layer, LayerKind};
 use crate::units::{Extent, HumanBytes, MIB, PAGE_2M, PAGE_4K};
 use residency::{Ground, Need};
 

@@ -221,7 +221,7 @@ fn plain_least_streamed(
 
 /// The latest first use of any run of this length in a layer's longest stretch, trying every start.
 fn plain_latest_order(
-    uses: &[crate::model::catalog::Use],
+    uses: &[crate::model::Use],
     stretch: &PageRun,
     pages: u64,
     page_bytes: u64,

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 
 use super::PageRun;
 use crate::error::{Error, ErrorKind, Result};
-use crate::model::catalog::{Catalog, Layer, Use};
+use crate::model::{Catalog, Layer, Use};
 use crate::units::{Extent, KIB};
 
 /// A hole of fewer bytes between two stretches of one layer is read along: at drive rate it costs less than a second
@@ -138,7 +138,7 @@ fn edges(catalog: &Catalog, page_bytes: u64) -> Result<Vec<Edge>> {
     for (layer_index, layer) in (0u32..).zip(&catalog.layers) {
         for extent in layer.uses.iter().map(|u| &u.extent) {
             let shard = catalog.shards.get(extent.shard_index as usize);
-            if !shard.is_some_and(|shard| extent.end_bytes() <= shard.len_bytes) {
+            if shard.is_none_or(|shard| extent.end_bytes() > shard.len_bytes) {
                 return Err(outside_file(layer, extent));
             }
             if extent.len_bytes == 0 {
@@ -194,7 +194,7 @@ fn segments(edges: &[Edge], layers_count: usize) -> Vec<Segment> {
         if present_count == 0 || next.page == edge.page {
             continue;
         }
-        let owner = (present_count == 1).then(|| present_sum as u32);
+        let owner = (present_count == 1).then_some(present_sum as u32);
         let run = PageRun {
             shard_index: edge.shard_index,
             first_page: edge.page,

@@ -5,21 +5,21 @@ use std::path::PathBuf;
 use proptest::prelude::*;
 
 use super::PlanOptions;
-use crate::model::catalog::{Catalog, Format, Layer, LayerKind, Shard, Use};
+use crate::model::{Catalog, Format, Layer, LayerKind, Shard, Use};
 use crate::units::{Extent, PAGE_2M, PAGE_4K};
 
 /// One tensor of a made-up file: which layer uses it (`None`: kept by the host), when, how long it is, and how many bytes
 /// of nothing come before it.
 #[derive(Debug, Clone)]
-pub(super) struct Piece {
-    pub(super) layer: Option<usize>,
-    pub(super) order: u16,
-    pub(super) gap_bytes: u64,
-    pub(super) len_bytes: u64,
+pub(crate) struct Piece {
+    pub(crate) layer: Option<usize>,
+    pub(crate) order: u16,
+    pub(crate) gap_bytes: u64,
+    pub(crate) len_bytes: u64,
 }
 
 /// A catalog of `layers_count` layers from shards that are lists of pieces, with `tail_bytes` behind the last piece.
-pub(super) fn catalog_of(layers_count: usize, shards: &[Vec<Piece>], tail_bytes: u64) -> Catalog {
+pub(crate) fn catalog_of(layers_count: usize, shards: &[Vec<Piece>], tail_bytes: u64) -> Catalog {
     let mut uses: Vec<Vec<Use>> = vec![Vec::new(); layers_count];
     let mut lens = Vec::new();
     let mut host_tensor_bytes = 0;
@@ -79,7 +79,7 @@ fn layer_of((index, uses): (usize, Vec<Use>)) -> Layer {
 }
 
 /// `layers_count` equal layers in one file, one after another without gaps, each of the given tensors (order, bytes).
-pub(super) fn even_catalog(layers_count: usize, tensors: &[(u16, u64)]) -> Catalog {
+pub(crate) fn even_catalog(layers_count: usize, tensors: &[(u16, u64)]) -> Catalog {
     let pieces = (0..layers_count).flat_map(|layer| {
         tensors.iter().map(move |&(order, len_bytes)| Piece {
             layer: Some(layer),
@@ -93,20 +93,20 @@ pub(super) fn even_catalog(layers_count: usize, tensors: &[(u16, u64)]) -> Catal
 
 /// How large the pieces of a random catalog are, in pages.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Scale {
-    pub(super) layers_max: usize,
-    pub(super) pieces_max: usize,
-    pub(super) pages_max: u64,
+pub(crate) struct Scale {
+    pub(crate) layers_max: usize,
+    pub(crate) pieces_max: usize,
+    pub(crate) pages_max: u64,
 }
 
 /// Everything the planner meets, up to a few hundred pages.
-pub(super) const NASTY: Scale = Scale {
+pub(crate) const NASTY: Scale = Scale {
     layers_max: 14,
     pieces_max: 60,
     pages_max: 40,
 };
 /// Small enough to try every possibility.
-pub(super) const TINY: Scale = Scale {
+pub(crate) const TINY: Scale = Scale {
     layers_max: 6,
     pieces_max: 12,
     pages_max: 4,
@@ -114,7 +114,7 @@ pub(super) const TINY: Scale = Scale {
 
 /// A random catalog and options that fit it: one to three shards, layers in the order of the file or not, host-kept
 /// tensors between them, gaps from none to several pages, layers far larger or smaller than others, empty ones too.
-pub(super) fn any_case(scale: Scale) -> impl Strategy<Value = (Catalog, PlanOptions)> {
+pub(crate) fn any_case(scale: Scale) -> impl Strategy<Value = (Catalog, PlanOptions)> {
     let page_bytes = prop_oneof![Just(PAGE_4K), Just(PAGE_2M)];
     let slots_count = prop_oneof![4 => Just(3u32), 2 => Just(2u32), 1 => 4..=6u32];
     (page_bytes, slots_count, 1..=scale.layers_max).prop_flat_map(
