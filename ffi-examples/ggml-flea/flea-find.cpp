@@ -254,6 +254,18 @@ Match none_usable(Finder & f, const std::set<std::string> & paths, const ggml_te
     return Match::other;
 }
 
+// FLEA_MODEL names another file than those that are open.
+Match none_wanted(Finder & f, const std::set<std::string> & paths, const ggml_tensor * tensor) {
+    const std::string & wanted = environment().model;
+    if (access(wanted.c_str(), R_OK) != 0) { return refuse(f, FLEA_E_NOTFOUND, "FLEA_MODEL=" + wanted + ": " + strerror(errno)); }
+    const auto rejected = f.rejected.find(first_shard_of(wanted));
+    if (rejected != f.rejected.end()) { return refuse(f, rejected->second.status, "FLEA_MODEL=" + wanted + ": " + rejected->second.why); }
+    if (is_model_weight_name(tensor->name)) {
+        say_once(f, LogLevel::warn, *paths.begin() + ": kept in ordinary memory, because FLEA_MODEL=" + wanted + " is another file");
+    }
+    return Match::other;
+}
+
 // Opens `path` as the current model.
 Match make_current(Finder & f, const std::string & path, const ggml_tensor * tensor) {
     close_current(f);
@@ -296,7 +308,7 @@ Match choose(Finder & f, const ggml_tensor * tensor) {
         const bool usable = f.rejected.find(path) == f.rejected.end();
         if (usable && (wanted.empty() || same_file(path, first_shard_of(wanted)))) { candidates.push_back(path); }
     }
-    if (candidates.empty()) { return wanted.empty() ? none_usable(f, open, tensor) : Match::other; }
+    if (candidates.empty()) { return wanted.empty() ? none_usable(f, open, tensor) : none_wanted(f, open, tensor); }
     if (f.current && candidates.size() == 1 && candidates[0] == f.current->path) { return Match::streamed; }
     if (f.current && f.current->placed_buffers_count > 0) {
         if (is_model_weight_name(tensor->name)) {
