@@ -31,23 +31,22 @@ pub(crate) struct Cursor<'a> {
 impl Cursor<'_> {
     /// Checks that the file, and the header's limit, hold that many more bytes.
     pub(crate) fn need(&self, bytes: u64, what: Arguments<'_>) -> Result<()> {
-        let left = self.len_bytes.saturating_sub(self.offset_bytes);
+        let at = self.offset_bytes;
+        if bytes > HEADER_BYTES_MAX.saturating_sub(at) {
+            return Err(bad_format(
+                self.path,
+                format_args!(
+                    "the header would be longer than {HEADER_BYTES_MAX} bytes: {what} at offset {at} claims {bytes} of them"
+                ),
+            ));
+        }
+        let left = self.len_bytes.saturating_sub(at);
         if bytes > left {
             return Err(fault(
                 ErrorKind::Truncated,
                 self.path,
                 format_args!(
-                    "the file ends inside its header: {what} at offset {} needs {bytes} bytes and {left} are left",
-                    self.offset_bytes
-                ),
-            ));
-        }
-        if bytes > HEADER_BYTES_MAX.saturating_sub(self.offset_bytes) {
-            return Err(bad_format(
-                self.path,
-                format_args!(
-                    "the header is longer than {HEADER_BYTES_MAX} bytes: {what} at offset {} needs {bytes} more",
-                    self.offset_bytes
+                    "the file ends inside its header: {what} at offset {at} needs {bytes} bytes and {left} are left; the file is incomplete, fetch it again"
                 ),
             ));
         }
