@@ -278,11 +278,16 @@ pub fn plan(catalog: &Catalog, weight_budget_bytes: u64, options: &PlanOptions) 
     let resident = ground.resident(&runs);
     let resident_pages: u64 = resident.iter().map(|run| run.page_count).sum();
     let ring_pages = u64::from(slots_count) * need.slot_pages;
-    // The promise of the house, checked where it is made: a plan never exceeds its budget.
-    assert!(
-        resident_pages + ring_pages <= budget_pages,
-        "a plan of {resident_pages} + {ring_pages} pages exceeds its budget of {budget_pages}"
-    );
+    // The promise of the house, checked where it is made.
+    if resident_pages + ring_pages > budget_pages {
+        return Err(Error::new(
+            ErrorKind::Internal,
+            format!(
+                "a plan of {resident_pages} resident and {ring_pages} ring pages exceeds its budget of {budget_pages}; \
+                 please report this"
+            ),
+        ));
+    }
     Ok(Plan {
         page_bytes,
         slots_count,
@@ -304,8 +309,7 @@ fn plan_layers(
     slots_count: u32,
     page_bytes: u64,
 ) -> Vec<LayerPlan> {
-    let transient_count =
-        u32::try_from(runs.iter().flatten().count()).expect("layers are counted in u32");
+    let transient_count = u32::try_from(runs.iter().flatten().count()).unwrap_or(u32::MAX);
     let mut slots = ring::assign(transient_count, slots_count).into_iter();
     let plan_layer = |(layer, run): (&Layer, &Option<PageRun>)| {
         let extent = run.map(|run| {

@@ -35,7 +35,7 @@ struct Segment {
     owner: Option<u32>,
 }
 
-/// Where a tensor begins or ends to touch pages.
+/// Where a layer begins or ends to touch pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Edge {
     shard_index: u32,
@@ -131,22 +131,14 @@ fn merge(sorted: &[PageRun]) -> Vec<PageRun> {
     merged
 }
 
-/// Both ends of every use, sorted by place. The catalog has been checked when it was made; a use outside its file would
-/// make pages that cannot be read, so it is an error here too.
+/// Both ends of every run of pages that a layer touches, sorted by place.
 fn edges(catalog: &Catalog, page_bytes: u64) -> Result<Vec<Edge>> {
     let mut edges = Vec::new();
     for (layer_index, layer) in (0u32..).zip(&catalog.layers) {
-        for extent in layer.uses.iter().map(|u| &u.extent) {
-            let shard = catalog.shards.get(extent.shard_index as usize);
-            if shard.is_none_or(|shard| extent.end_bytes() > shard.len_bytes) {
-                return Err(outside_file(layer, extent));
-            }
-            if extent.len_bytes == 0 {
-                continue;
-            }
-            let (first, end) = page_range(extent, page_bytes);
-            edges.extend([(first, true), (end, false)].map(|(page, opens)| Edge {
-                shard_index: extent.shard_index,
+        for run in touched_runs(catalog, layer, page_bytes)? {
+            let ends = [(run.first_page, true), (run.end_page(), false)];
+            edges.extend(ends.map(|(page, opens)| Edge {
+                shard_index: run.shard_index,
                 page,
                 layer_index,
                 opens,
@@ -155,6 +147,39 @@ fn edges(catalog: &Catalog, page_bytes: u64) -> Result<Vec<Edge>> {
     }
     edges.sort_unstable();
     Ok(edges)
+}
+
+/// The pages a layer touches. Uses that follow one another in the file make one run, so that a layer of a thousand
+/// tensors costs no more than a layer of one; runs that overlap all the same are harmless.
+///
+/// The catalog has been checked when it was made; a use outside its file would make pages that cannot be read, so it is
+/// an error here too.
+fn touched_runs(catalog: &Catalog, layer: &Layer, page_bytes: u64) -> Result<Vec<PageRun>> {
+    let mut runs: Vec<PageRun> = Vec::new();
+    for extent in layer.uses.iter().map(|u| &u.extent) {
+        let shard = catalog.shards.get(extent.shard_index as usize);
+        if shard.is_none_or(|shard| extent.end_bytes() > shard.len_bytes) {
+            return Err(outside_file(layer, extent));
+        }
+        if extent.len_bytes == 0 {
+            continue;
+        }
+        let (first_page, end_page) = page_range(extent, page_bytes);
+        match runs.last_mut() {
+            Some(last)
+                if last.shard_index == extent.shard_index
+                    && (last.first_page..=last.end_page()).contains(&first_page) =>
+            {
+                last.page_count = last.end_page().max(end_page) - last.first_page;
+            }
+            _ => runs.push(PageRun {
+                shard_index: extent.shard_index,
+                first_page,
+                page_count: end_page - first_page,
+            }),
+        }
+    }
+    Ok(runs)
 }
 
 fn outside_file(layer: &Layer, extent: &Extent) -> Error {
