@@ -16,7 +16,7 @@ use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, fcntl, posix_fadvise};
 
 use super::filesystem::{FUSE, Filesystem, Stated, direct_alignment};
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::{PAGE_4K, align_down, align_up};
+use crate::units::{PAGE_2M, PAGE_4K, align_down, align_up};
 
 /// Read-ahead of the header reader. Headers with a vocabulary are 5-10 MB; 256 KiB keeps the system calls few
 /// without pulling weights into the page cache.
@@ -260,7 +260,10 @@ impl ShardFile {
         loop {
             match self.cached.read_at(bytes, offset_bytes) {
                 Ok(read) => {
-                    drop_behind(&self.cached, offset_bytes, read as u64);
+                    // Whoever wrote the file may have left it cached in folios of up to 2 MiB, which go only as a
+                    // whole: the range reaches back to where such a folio begins.
+                    let start = align_down(offset_bytes, PAGE_2M);
+                    drop_behind(&self.cached, start, offset_bytes + read as u64 - start);
                     return Ok(read);
                 }
                 Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}

@@ -18,6 +18,8 @@ mod request;
 mod setup;
 mod uring;
 
+#[cfg(all(test, feature = "faults"))]
+mod fault_tests;
 #[cfg(test)]
 mod tests;
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::units::align_up;
 
-const BOTH: [ReaderKind; 2] = [ReaderKind::IoUring, ReaderKind::Pread];
+pub(super) const BOTH: [ReaderKind; 2] = [ReaderKind::IoUring, ReaderKind::Pread];
 
 /// Bytes that differ everywhere and depend on the offset.
 fn pattern(len_bytes: usize) -> Vec<u8> {
@@ -27,10 +27,10 @@ fn pattern(len_bytes: usize) -> Vec<u8> {
     bytes
 }
 
-struct Fixture {
+pub(super) struct Fixture {
     _directory: tempfile::TempDir,
-    path: PathBuf,
-    bytes: Vec<u8>,
+    pub(super) path: PathBuf,
+    pub(super) bytes: Vec<u8>,
 }
 
 fn fixture_in(parent: &Path, len_bytes: usize) -> Fixture {
@@ -47,18 +47,18 @@ fn fixture_in(parent: &Path, len_bytes: usize) -> Fixture {
     }
 }
 
-fn fixture(len_bytes: usize) -> Fixture {
+pub(super) fn fixture(len_bytes: usize) -> Fixture {
     fixture_in(&std::env::temp_dir(), len_bytes)
 }
 
-fn shards(paths: &[&Path]) -> Arc<[ShardFile]> {
+pub(super) fn shards(paths: &[&Path]) -> Arc<[ShardFile]> {
     paths
         .iter()
         .map(|path| ShardFile::open(path).unwrap())
         .collect()
 }
 
-fn options(kind: ReaderKind) -> ReaderOptions {
+pub(super) fn options(kind: ReaderKind) -> ReaderOptions {
     ReaderOptions {
         kind,
         ..ReaderOptions::default()
@@ -70,7 +70,7 @@ fn reader_of(kind: ReaderKind, path: &Path) -> Reader {
 }
 
 /// Reads `ranges` of shard 0 one behind the other into memory filled with 0xA5, and returns it with the completions.
-fn read_ranges(
+pub(super) fn read_ranges(
     reader: &mut Reader,
     ranges: &[(u64, u64)],
 ) -> (AlignedMemory, Vec<(u64, Completion)>) {
@@ -117,7 +117,7 @@ fn expected(bytes: &[u8], offset_bytes: u64, len_bytes: u64) -> Vec<u8> {
     want
 }
 
-fn assert_reads_exactly(reader: &mut Reader, bytes: &[u8], ranges: &[(u64, u64)]) {
+pub(super) fn assert_reads_exactly(reader: &mut Reader, bytes: &[u8], ranges: &[(u64, u64)]) {
     let (memory, done) = read_ranges(reader, ranges);
     assert_eq!(done.len(), ranges.len(), "one completion per request");
     for (place, completion) in done {
@@ -328,7 +328,8 @@ fn disk_fixture(len_bytes: usize) -> Option<Fixture> {
         println!("skipped: {} is {}", fixture.path.display(), file.direct());
         return None;
     }
-    file.read_exact_at(0, &mut vec![0; len_bytes]).unwrap();
+    let all = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+    nix::fcntl::posix_fadvise(File::open(&fixture.path).unwrap(), 0, 0, all).unwrap();
     assert_eq!(cached_bytes(&fixture.path), 0);
     Some(fixture)
 }
