@@ -1,6 +1,10 @@
 //! flea runs models that do not fit.
 
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod error;
+#[cfg(feature = "cli")]
+pub mod tools;
 pub mod units;
 
 pub use error::{Error, ErrorKind, Result};
