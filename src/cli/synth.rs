@@ -2,15 +2,12 @@
 
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::table::Table;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::tools::synth::shape::{Arch, Quant, Shape, Wish};
 use crate::tools::synth::{Report, Spec, generate};
 use crate::units::HumanBytes;
@@ -157,7 +154,7 @@ pub fn command(args: &Args) -> Result<()> {
         force: args.force,
     };
     log::info!("{:?}", spec.shape);
-    let stop = stop_flag()?;
+    let stop = super::stop_on_signal()?;
     let mut bar = Progress::new();
     let result = generate(&spec, &args.output, &stop, |done, total| {
         bar.show(done, total)
@@ -169,17 +166,6 @@ pub fn command(args: &Args) -> Result<()> {
     } else {
         super::print(&table(&spec, &report))
     }
-}
-
-/// Raised by Ctrl-C and SIGTERM. A second one ends the program at once.
-fn stop_flag() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&stop))
-            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&stop)))
-            .map_err(|error| Error::from_io(&error, "install the handler for Ctrl-C"))?;
-    }
-    Ok(stop)
 }
 
 /// One line on a terminal's stderr, several times a second; nothing anywhere else.
