@@ -104,6 +104,7 @@ void * get_base(ggml_backend_buffer_t buffer) { return memory_of(buffer).base; }
 void place(Memory & memory, ggml_tensor * tensor, const Weight * weight) {
     tensor->data  = weight->data;
     tensor->extra = const_cast<Weight *>(weight);
+    weight->placed = true;
     const bool first = memory.model == nullptr;
     {
         std::lock_guard<std::mutex> guard(live().mutex);
