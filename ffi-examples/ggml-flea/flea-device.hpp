@@ -115,6 +115,7 @@ bool is_adapter_name(const char * name);
 void model_buffer_placed(Model * model);
 void model_buffer_freed(Model * model);
 int32_t configure(const ggml_flea_config * config);
+bool is_configured();  // a host that has the device compiled in gave the model
 bool loader_skips_streamed();
 flea_model * current_handle();
 // model_bytes and the smallest weight budget (an estimate) of the current model; false when none is known yet.

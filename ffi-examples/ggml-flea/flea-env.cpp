@@ -162,7 +162,8 @@ void fail(int32_t status, const std::string & what) {
         failure().status = status;
         failure().text   = what;
     }
-    log_line(LogLevel::error, "%s", what.c_str());
+    // A host that handed its model over asks for the failure and reports it in its own words.
+    log_line(is_configured() ? LogLevel::debug : LogLevel::error, "%s", what.c_str());
 }
 
 void fail_flea(int32_t status, const std::string & doing) {

@@ -62,6 +62,7 @@ Finder & finder() {
 
 // Asked for by ggml's scheduler at every turn, so it is kept outside the lock.
 std::atomic<bool> skips_streamed { false };
+std::atomic<bool> configured { false };
 
 // ---- files
 
@@ -410,16 +411,23 @@ int32_t configure(const ggml_flea_config * config) {
     close_current(f);
     f.config = {};
     skips_streamed = config && config->loader_skips_streamed;
+    configured = false;
     if (!config) { return FLEA_OK; }
     auto model = std::make_unique<Model>();
     model->owned = false;
     model->handle = config->model;
     model->path = "the model given";
-    if (!read_catalog(*model)) { return FLEA_E_UNSUPPORTED; }
+    configured = true;
+    if (!read_catalog(*model)) {
+        fail(FLEA_E_UNSUPPORTED, "no layers of a language model are in it: nothing to stream");
+        return FLEA_E_UNSUPPORTED;
+    }
     f.config = *config;
     f.current = std::move(model);
     return FLEA_OK;
 }
+
+bool is_configured() { return configured.load(std::memory_order_relaxed); }
 
 bool loader_skips_streamed() { return skips_streamed.load(std::memory_order_relaxed); }
 
