@@ -69,6 +69,7 @@ struct Weight {
     uint64_t file_offset = 0;
     uint32_t shard = 0;
     void * data = nullptr;
+    mutable std::atomic<bool> placed { false };  // some tensor of the host stands here
 
     bool is_cut() const { return layer_last > layer; }
 };
@@ -114,10 +115,13 @@ bool is_adapter_name(const char * name);
 void model_buffer_placed(Model * model);
 void model_buffer_freed(Model * model);
 int32_t configure(const ggml_flea_config * config);
+bool is_configured();  // a host that has the device compiled in gave the model
 bool loader_skips_streamed();
 flea_model * current_handle();
 // model_bytes and the smallest weight budget (an estimate) of the current model; false when none is known yet.
 bool current_sizes(uint64_t * model_bytes, uint64_t * smallest_bytes);
+// Layers of which the host placed at least one weight on this device.
+uint32_t placed_layers(const Model & model);
 // Called before the first acquire: tells flea what is reserved but untouched.
 void model_before_acquire(Model * model);
 // Called after each acquire: the first one has made the plan.

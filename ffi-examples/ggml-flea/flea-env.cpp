@@ -162,7 +162,8 @@ void fail(int32_t status, const std::string & what) {
         failure().status = status;
         failure().text   = what;
     }
-    log_line(LogLevel::error, "%s", what.c_str());
+    // A host that handed its model over asks for the failure and reports it in its own words.
+    log_line(is_configured() ? LogLevel::debug : LogLevel::error, "%s", what.c_str());
 }
 
 void fail_flea(int32_t status, const std::string & doing) {
@@ -170,19 +171,23 @@ void fail_flea(int32_t status, const std::string & doing) {
     fail(status, doing + ": " + (text && *text ? text : flea_status_name(status)));
 }
 
-// Weights and KV cache share the budget. Where the model fits beside it, the rest of the budget is offered; where it
-// does not, up to half: the smallest plan would leave room for more, but each byte of KV is then a byte streamed per pass.
+// Weights and KV cache share the budget. Where the model fits beside it, the rest of the budget is offered. Where it does not,
+// each byte of KV cache is a byte streamed per pass, so a context that llama.cpp sizes by itself gets half of the budget;
+// but the first 4 GiB are offered as far as any plan leaves them, and 512 MiB always, because with too little llama.cpp does
+// not stop: it moves layers into ordinary memory. With too much the plan is refused, and says why.
 uint64_t offered_bytes(uint64_t model_bytes, uint64_t smallest_weights_bytes) {
+    constexpr uint64_t freely_bytes = 4ull << 30;
+    constexpr uint64_t always_bytes = 512ull << 20;
     const std::string & memory = environment().memory;
     const bool percentage = !memory.empty() && memory.back() == '%';
-    uint64_t total_bytes = percentage || memory.empty() ? std::min(mem_available(), cgroup_limit()) : size_estimate(memory);
-    uint64_t weights_bytes = model_bytes;
+    const uint64_t available = std::min(mem_available(), cgroup_limit());
+    const auto rest = [](uint64_t total, uint64_t part) { return total > part ? total - part : 0; };
     if (percentage) {
-        weights_bytes = (uint64_t) ((double) model_bytes * strtod(memory.c_str(), nullptr) / 100.0);
-    } else if (total_bytes < 2 * model_bytes) {
-        weights_bytes = std::min(model_bytes, std::max(smallest_weights_bytes, total_bytes / 2));
+        return rest(available, (uint64_t) ((double) model_bytes * strtod(memory.c_str(), nullptr) / 100.0));
     }
-    return total_bytes > weights_bytes ? total_bytes - weights_bytes : 0;
+    const uint64_t total = memory.empty() ? available : size_estimate(memory);
+    const uint64_t beside_streaming = std::min(rest(total, smallest_weights_bytes), std::max(total / 2, freely_bytes));
+    return std::max({ rest(total, model_bytes), beside_streaming, always_bytes });
 }
 
 }  // namespace ggml_flea

@@ -51,6 +51,7 @@ struct Finder {
     std::map<FileId, SeenFile> seen;
     std::map<std::string, Rejection> rejected;    // first shard -> why it cannot be streamed
     std::unique_ptr<Model> current;
+    std::vector<std::unique_ptr<Model>> spares;   // open at the same time as the current one, looked at and not chosen
     std::set<std::string> told;                   // messages said once
 };
 
@@ -61,6 +62,7 @@ Finder & finder() {
 
 // Asked for by ggml's scheduler at every turn, so it is kept outside the lock.
 std::atomic<bool> skips_streamed { false };
+std::atomic<bool> configured { false };
 
 // ---- files
 
@@ -124,14 +126,20 @@ const SeenFile & look_at(Finder & f, int fd, const struct stat & status) {
     return file;
 }
 
+bool is_own(const Finder & f, int fd) {
+    const auto has = [fd](const Model & model) {
+        return std::find(model.own_fds.begin(), model.own_fds.end(), fd) != model.own_fds.end();
+    };
+    if (f.current && has(*f.current)) { return true; }
+    return std::any_of(f.spares.begin(), f.spares.end(), [&](const std::unique_ptr<Model> & model) { return has(*model); });
+}
+
 // The models whose files the host has open right now, by first shard.
 std::set<std::string> open_models(Finder & f) {
     std::set<std::string> result;
-    const std::vector<int> none;
-    const std::vector<int> & own = f.current ? f.current->own_fds : none;
     for (const int fd : open_fds()) {
         struct stat status;
-        if (std::find(own.begin(), own.end(), fd) != own.end() || fstat(fd, &status) != 0 || !S_ISREG(status.st_mode)) { continue; }
+        if (is_own(f, fd) || fstat(fd, &status) != 0 || !S_ISREG(status.st_mode)) { continue; }
         if ((fcntl(fd, F_GETFL) & O_ACCMODE) == O_WRONLY) { continue; }
         const SeenFile & file = look_at(f, fd, status);
         if (file.is_gguf) { result.insert(file.first_shard); }
@@ -273,22 +281,51 @@ Match make_current(Finder & f, const std::string & path, const ggml_tensor * ten
     return f.current ? Match::streamed : none_usable(f, { path }, tensor);
 }
 
+// All candidates catalogued beside the current one. Those that are open no more are closed.
+void make_spares(Finder & f, const std::vector<std::string> & candidates) {
+    const auto gone = [&](const std::unique_ptr<Model> & model) {
+        return std::find(candidates.begin(), candidates.end(), model->path) == candidates.end();
+    };
+    f.spares.erase(std::remove_if(f.spares.begin(), f.spares.end(), gone), f.spares.end());
+    for (const std::string & path : candidates) {
+        const auto same = [&](const std::unique_ptr<Model> & model) { return model->path == path; };
+        if ((f.current && f.current->path == path) || std::any_of(f.spares.begin(), f.spares.end(), same)) { continue; }
+        std::unique_ptr<Model> model = open_model(f, path);
+        if (model) { f.spares.push_back(std::move(model)); }
+    }
+}
+
+// The current model has weights in memory, so this one has to stay with the host.
+Match kept_beside(Finder & f, const std::string & path, const ggml_tensor * tensor) {
+    if (is_model_weight_name(tensor->name)) {
+        say_once(f, LogLevel::warn, path + ": kept in ordinary memory; flea streams one model at a time in a process, now " + f.current->path);
+    }
+    return Match::other;
+}
+
 // Several model files are open at once: the one that has this tensor, if it is the only one.
 Match choose_among(Finder & f, const std::vector<std::string> & candidates, const ggml_tensor * tensor) {
-    std::vector<std::unique_ptr<Model>> fitting;
-    for (const std::string & path : candidates) {
-        std::unique_ptr<Model> model = open_model(f, path);
-        if (model && holds(*model, tensor)) { fitting.push_back(std::move(model)); }
-    }
-    if (fitting.empty()) { return Match::unknown; }
-    if (fitting.size() > 1) {
+    make_spares(f, candidates);
+    const auto fits = [&](const std::unique_ptr<Model> & model) { return holds(*model, tensor); };
+    const bool current_open = f.current && std::find(candidates.begin(), candidates.end(), f.current->path) != candidates.end();
+    const bool current_fits = current_open && holds(*f.current, tensor);
+    const auto first = std::find_if(f.spares.begin(), f.spares.end(), fits);
+    if (first == f.spares.end()) { return current_fits ? Match::streamed : Match::unknown; }
+    if (current_fits || std::find_if(first + 1, f.spares.end(), fits) != f.spares.end()) {
         std::string text = "several model files are open and more than one has a tensor '" + std::string(tensor->name) +
                            "'; name the one to stream with FLEA_MODEL:";
-        for (const auto & model : fitting) { text += " " + model->path; }
+        for (const std::string & path : candidates) { text += " " + path; }
         return refuse(f, FLEA_E_INVALID, text);
     }
-    close_current(f);
-    f.current = std::move(fitting[0]);
+    if (f.current && f.current->placed_buffers_count > 0) { return kept_beside(f, (*first)->path, tensor); }
+    std::unique_ptr<Model> chosen = std::move(*first);
+    f.spares.erase(first);
+    if (current_open) {
+        f.spares.push_back(std::move(f.current));
+    } else {
+        close_current(f);
+    }
+    f.current = std::move(chosen);
     return Match::streamed;
 }
 
@@ -309,15 +346,11 @@ Match choose(Finder & f, const ggml_tensor * tensor) {
         if (usable && (wanted.empty() || same_file(path, first_shard_of(wanted)))) { candidates.push_back(path); }
     }
     if (candidates.empty()) { return wanted.empty() ? none_usable(f, open, tensor) : none_wanted(f, open, tensor); }
-    if (f.current && candidates.size() == 1 && candidates[0] == f.current->path) { return Match::streamed; }
-    if (f.current && f.current->placed_buffers_count > 0) {
-        if (is_model_weight_name(tensor->name)) {
-            say_once(f, LogLevel::warn, candidates[0] + ": kept in ordinary memory; flea streams one model at a time in a process, now " +
-                                            f.current->path);
-        }
-        return Match::other;
-    }
-    return candidates.size() == 1 ? make_current(f, candidates[0], tensor) : choose_among(f, candidates, tensor);
+    if (candidates.size() > 1) { return choose_among(f, candidates, tensor); }
+    f.spares.clear();
+    if (f.current && candidates[0] == f.current->path) { return Match::streamed; }
+    if (f.current && f.current->placed_buffers_count > 0) { return kept_beside(f, candidates[0], tensor); }
+    return make_current(f, candidates[0], tensor);
 }
 
 }  // namespace
@@ -378,16 +411,23 @@ int32_t configure(const ggml_flea_config * config) {
     close_current(f);
     f.config = {};
     skips_streamed = config && config->loader_skips_streamed;
+    configured = false;
     if (!config) { return FLEA_OK; }
     auto model = std::make_unique<Model>();
     model->owned = false;
     model->handle = config->model;
     model->path = "the model given";
-    if (!read_catalog(*model)) { return FLEA_E_UNSUPPORTED; }
+    configured = true;
+    if (!read_catalog(*model)) {
+        fail(FLEA_E_UNSUPPORTED, "no layers of a language model are in it: nothing to stream");
+        return FLEA_E_UNSUPPORTED;
+    }
     f.config = *config;
     f.current = std::move(model);
     return FLEA_OK;
 }
+
+bool is_configured() { return configured.load(std::memory_order_relaxed); }
 
 bool loader_skips_streamed() { return skips_streamed.load(std::memory_order_relaxed); }
 
@@ -401,13 +441,32 @@ bool current_sizes(uint64_t * model_bytes, uint64_t * smallest_bytes) {
     const Model * model = finder().current.get();
     if (!model) { return false; }
     *model_bytes = model->info.model_bytes;
-    *smallest_bytes = 3 * model->largest_layer_bytes + model->info.host_tensor_bytes;
+    // Three slots, a straddling page per layer, what the host keeps; flea's plan says it exactly, once it is made.
+    const uint64_t page_bytes = model->info.page_bytes ? model->info.page_bytes : 2u << 20;
+    *smallest_bytes = 3 * (model->largest_layer_bytes + page_bytes) + (model->info.layer_count + 1) * page_bytes + model->info.host_tensor_bytes;
     return true;
+}
+
+uint32_t placed_layers(const Model & model) {
+    std::vector<bool> placed(model.info.layer_count, false);
+    for (const auto & entry : model.weights) {
+        if (!entry.second->placed) { continue; }
+        for (int32_t layer = entry.second->layer; layer <= entry.second->layer_last; ++layer) { placed[(size_t) layer] = true; }
+    }
+    return (uint32_t) std::count(placed.begin(), placed.end(), true);
 }
 
 void model_before_acquire(Model * model) {
     if (model->planned.load(std::memory_order_acquire)) { return; }
-    std::call_once(model->started, [] { pending_bytes = reserved_untouched_bytes(); });
+    std::call_once(model->started, [model] {
+        pending_bytes = reserved_untouched_bytes();
+        const uint32_t placed = placed_layers(*model);
+        if (placed < model->info.layer_count) {
+            log_line(LogLevel::warn, "%s: llama.cpp kept %u of %u layers in ordinary memory, where they are not streamed; -ngl 99 -fit off "
+                     "puts all of them on FLEA, a smaller -c or -ub leaves room for them", model->path.c_str(),
+                     model->info.layer_count - placed, model->info.layer_count);
+        }
+    });
 }
 
 void model_acquired(Model * model) {

@@ -106,6 +106,7 @@ void tell_order(Stream & stream) {
         }
     }
     if (!model) { return; }
+    model_before_acquire(model);  // the first hint makes the plan as much as the first acquire would
     std::lock_guard<std::mutex> guard(model->hint_mutex);
     if (model->last_hint == stream.order) { return; }
     const int32_t status = flea_hint(model->handle, stream.order.data(), stream.order.size());

@@ -22,6 +22,7 @@ struct Snapshot {
     std::string path;
     flea_info info = {};
     flea_stats_data stats = {};
+    uint32_t layers_placed = 0;
 };
 
 Snapshot & snapshot() {
@@ -123,6 +124,7 @@ std::string json(const Snapshot & s) {
     object.number("peak_memory_bytes", counters.peak_memory_bytes);
     object.number("mispredicts", stats.mispredicts);
     object.number("layers", info.layer_count);
+    object.number("layers_placed", s.layers_placed);
     object.number("placed_tensors", counters.placed_tensors);
     object.number("placed_bytes", counters.placed_bytes);
     object.number("host_tensor_bytes", info.host_tensor_bytes);
@@ -179,6 +181,7 @@ void stats_snapshot(Model * model) {
     snapshot().taken = true;
     snapshot().path  = model->path;
     snapshot().info  = info;
+    snapshot().layers_placed = placed_layers(*model);
     snapshot().stats = stats;
 }
 
