@@ -67,6 +67,7 @@ impl Source {
             format!("#[cfg(test)]\npub(crate) mod {name};"),
         ];
         self.path.starts_with("tests")
+            || name.ends_with("tests")
             || all.iter().any(|s| {
                 s.room() == self.room() && declared.iter().any(|d| s.text.contains(d.as_str()))
             })
