@@ -6,6 +6,7 @@
 #   FLEA_TEST_LLAMA_CPP   directory of stock llama.cpp: src, build/bin
 #   FLEA_TEST_GGML_FLEA   libggml-flea.so, built for exactly that llama.cpp
 #   FLEA_TEST_EXAMPLES    directory of the C and C++ hosts
+#   FLEA_TEST_HOSTS       directory of the tests' own llama.cpp host, llama-logits
 #
 # A test that lacks what it needs prints "SKIP: reason" and passes; .ci/run fails on a skip that is not in
 # .ci/allowed-skips.txt. What all tests printed is kept in target/test-output.log.
@@ -23,9 +24,11 @@ cp "$target/release/flea" "$target/test-bin/flea-faults"
 cargo build --release --locked
 make --no-print-directory ggml-flea LLAMA_CPP="$llama/src"
 make --no-print-directory examples
+cmake -S tests/hosts -B "$target/hosts/build" -DLLAMA_CPP="$llama/src" -DLLAMA_CPP_LIBS="$llama/build/bin" -DOUTPUT_DIR="$target/hosts"
+cmake --build "$target/hosts/build"
 
 export FLEA_TEST_BIN=$target/release/flea FLEA_TEST_BIN_FAULTS=$target/test-bin/flea-faults
-export FLEA_TEST_LLAMA_CPP=$llama FLEA_TEST_GGML_FLEA=$target/ggml-flea/libggml-flea.so FLEA_TEST_EXAMPLES=$target/examples
+export FLEA_TEST_LLAMA_CPP=$llama FLEA_TEST_GGML_FLEA=$target/ggml-flea/libggml-flea.so FLEA_TEST_EXAMPLES=$target/examples FLEA_TEST_HOSTS=$target/hosts
 # Idle OpenMP threads of llama.cpp spin by default and would starve the tests beside them.
 export OMP_WAIT_POLICY=passive
 
