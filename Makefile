@@ -44,18 +44,16 @@ lib: ## the C library: $(CAPI)/lib/{libflea.so*,libflea.a,pkgconfig/flea.pc}, $(
 
 ggml-flea: lib ## the ggml device for a llama.cpp: make ggml-flea LLAMA_CPP=<source directory>
 	@test -n "$(LLAMA_CPP)" || { echo "usage: make ggml-flea LLAMA_CPP=<llama.cpp source directory>" >&2; exit 2; }
-	$(CMAKE) -S ffi-examples/ggml-flea -B $(TARGET)/ggml-flea -DCMAKE_BUILD_TYPE=Release -DLLAMA_CPP=$(abspath $(LLAMA_CPP)) \
-	  -DFLEA_INCLUDE_DIR=$(CAPI)/include -DFLEA_LIB_DIR=$(CAPI)/lib
-	$(CMAKE) --build $(TARGET)/ggml-flea
+	$(CMAKE) -S ffi-examples/ggml-flea -B $(TARGET)/ggml-flea/build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CPP=$(abspath $(LLAMA_CPP)) \
+	  -DFLEA_INCLUDE=$(CAPI)/include -DFLEA_LIB=$(CAPI)/lib/libflea.a -DOUTPUT_DIR=$(TARGET)/ggml-flea
+	$(CMAKE) --build $(TARGET)/ggml-flea/build
 	@ls $(TARGET)/ggml-flea/libggml-flea.so
 
 header: ## writes include/flea.h anew from the sources
 	FLEA_BLESS=1 $(CARGO) test --locked --no-default-features --test header
 
 examples: lib ## the C and C++ hosts of ffi-examples: $(TARGET)/examples
-	$(CMAKE) -S ffi-examples -B $(TARGET)/examples -DCMAKE_BUILD_TYPE=Release \
-	  -DCMAKE_C_FLAGS="-Wall -Wextra -Werror" -DCMAKE_CXX_FLAGS="-Wall -Wextra -Werror" \
-	  -DFLEA_INCLUDE_DIR=$(CAPI)/include -DFLEA_LIB_DIR=$(CAPI)/lib
+	$(CMAKE) -S ffi-examples -B $(TARGET)/examples -DFLEA_INCLUDE=$(CAPI)/include -DFLEA_LIB=$(CAPI)/lib/libflea.so
 	$(CMAKE) --build $(TARGET)/examples
 
 test: ## every test

@@ -12,7 +12,11 @@ stage() { # stage NAME COMMAND...: the first failing stage ends the run
   stages_passed=$((stages_passed + 1))
   printf '=== %s: ok, %d s\n' "$stage_name" $((SECONDS - started))
 }
-trap 'status=$?; ((status == 0)) || printf "\n=== %s: FAILED (exit %d)\n" "$stage_name" "$status"' EXIT
+say_where_it_failed() {
+  local status=$?
+  ((status == 0)) || printf '\n=== %s: FAILED (exit %d)\n' "$stage_name" "$status"
+}
+trap say_where_it_failed EXIT
 
 finish() {
   # The tests' own closing lines carry the counts; this one is about the stages.
