@@ -33,7 +33,7 @@ build: ## the release programs: $(TARGET)/release/flea
 # A build of its own: libflea must never contain ggml, and the two must not overwrite each other's libflea.rlib.
 # cargo's own name for the result is libflea.so; programs ask for the soname at run time, so it gets its links here.
 lib: ## the C library: $(CAPI)/lib/{libflea.so*,libflea.a,pkgconfig/flea.pc}, $(CAPI)/include/flea.h
-	$(CARGO) rustc --lib --locked --release --no-default-features --crate-type cdylib,staticlib --target-dir $(CAPI)/cargo
+	$(CARGO) rustc --lib --locked --release --no-default-features --crate-type cdylib,staticlib --target-dir $(CAPI)/cargo -- -C link-arg=-Wl,-soname,libflea.so.0
 	@mkdir -p $(CAPI)/lib/pkgconfig $(CAPI)/include
 	@cp --update $(CAPI)/cargo/release/libflea.so $(CAPI)/lib/$(LIBRARY)
 	@cp --update $(CAPI)/cargo/release/libflea.a $(CAPI)/lib/libflea.a

@@ -1,8 +1,7 @@
-//! Build script: the C library's soname, and (feature `run`) the ggml device compiled into the program.
+//! Build script: compiles the ggml device into the program (feature `run`).
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libflea.so.0");
     #[cfg(feature = "run")]
     device::compile();
 }

@@ -3,4 +3,5 @@
 
 pub mod bench_stream;
 pub mod gguf_write;
+pub mod raw;
 pub mod synth;
