@@ -1,0 +1,3 @@
+//! What the programs share on the command line: one file per subcommand.
+
+pub mod bench_raw;

@@ -1,0 +1,3 @@
+//! What the programs offer besides running a model: measuring, making and looking at files.
+
+pub mod raw;
