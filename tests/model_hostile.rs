@@ -23,7 +23,10 @@ fn refused(bytes: &[u8], len_bytes: u64, kind: ErrorKind, words: &[&str]) {
     assert_eq!(error.kind(), kind, "{error}");
     assert!(error.context().starts_with(PATH), "{error}");
     for word in words {
-        assert!(error.context().contains(word), "'{word}' is not in: {error}");
+        assert!(
+            error.context().contains(word),
+            "'{word}' is not in: {error}"
+        );
     }
 }
 
@@ -144,7 +147,10 @@ fn no_flipped_byte_panics() {
         }
     }
     // Names and values may change into other names and values; counts, lengths, types and offsets may not.
-    assert!(accepted > 1000 && rejected > 1000, "{accepted} and {rejected}");
+    assert!(
+        accepted > 1000 && rejected > 1000,
+        "{accepted} and {rejected}"
+    );
 }
 
 #[test]
@@ -182,13 +188,21 @@ fn absurd_counts_cost_nothing() {
     let mut hostile = bytes.clone();
     hostile[8..16].copy_from_slice(&TENSOR_COUNT_MAX.to_le_bytes());
     let len_bytes = bytes.len() as u64;
-    refused(&hostile, len_bytes, ErrorKind::Truncated, &["1048576 tensors"]);
+    refused(
+        &hostile,
+        len_bytes,
+        ErrorKind::Truncated,
+        &["1048576 tensors"],
+    );
 }
 
 #[test]
 fn absurd_lengths_cost_nothing() {
     let array = |element: u32, count: u64| {
-        typed(9, &[&element.to_le_bytes()[..], &count.to_le_bytes()].concat())
+        typed(
+            9,
+            &[&element.to_le_bytes()[..], &count.to_le_bytes()].concat(),
+        )
     };
     for (what, value) in [
         ("a long text", typed(8, &(1_u64 << 40).to_le_bytes())),
@@ -204,7 +218,10 @@ fn absurd_lengths_cost_nothing() {
         assert!(error.context().contains("key 'bad'"), "{what}: {error}");
         let error = parse(&bytes, bytes.len() as u64).expect_err(what);
         let kind = error.kind();
-        assert!(matches!(kind, ErrorKind::Format | ErrorKind::Truncated), "{what}: {error}");
+        assert!(
+            matches!(kind, ErrorKind::Format | ErrorKind::Truncated),
+            "{what}: {error}"
+        );
     }
 }
 
@@ -217,14 +234,21 @@ fn arrays_nest_only_so_deep() {
             value = [&9_u32.to_le_bytes()[..], &1_u64.to_le_bytes(), &value].concat();
         }
         let value = typed(9, &value);
-        GgufBytes::llama(1, 32, 32, 32, true).raw("deep", value).build()
+        GgufBytes::llama(1, 32, 32, 32, true)
+            .raw("deep", value)
+            .build()
     };
     let (bytes, len_bytes) = nested(4);
     let header = parse(&bytes, len_bytes).unwrap();
     assert_eq!(header.metadata.array_count("deep"), Some(1));
     for depth in [5, 2000] {
         let (bytes, len_bytes) = nested(depth);
-        refused(&bytes, len_bytes, ErrorKind::Format, &["'deep'", "deeper than 4"]);
+        refused(
+            &bytes,
+            len_bytes,
+            ErrorKind::Format,
+            &["'deep'", "deeper than 4"],
+        );
     }
 }
 
@@ -235,9 +259,15 @@ fn keys_and_names_are_checked() {
         let (bytes, len_bytes) = file.build();
         refused(&bytes, len_bytes, ErrorKind::Format, words);
     };
-    check(model().u32("llama.block_count", 3), &["'llama.block_count'", "twice"]);
+    check(
+        model().u32("llama.block_count", 3),
+        &["'llama.block_count'", "twice"],
+    );
     check(model().u32("", 3), &["is empty", "offset"]);
-    check(model().raw("odd", typed(13, &[0; 8])), &["'odd'", "value type 13"]);
+    check(
+        model().raw("odd", typed(13, &[0; 8])),
+        &["'odd'", "value type 13"],
+    );
     check(
         model().tensor("blk.0.attn_q.weight", &[32], DType::F32),
         &["'blk.0.attn_q.weight'", "twice"],
@@ -250,11 +280,17 @@ fn keys_and_names_are_checked() {
 
     let (mut bytes, len_bytes) = model().build();
     let find = |bytes: &[u8], what: &[u8]| {
-        bytes.windows(what.len()).position(|window| window == what).unwrap()
+        bytes
+            .windows(what.len())
+            .position(|window| window == what)
+            .unwrap()
     };
     let value = find(&bytes, b"tiny");
     bytes[value] = 0xff;
-    assert!(parse(&bytes, len_bytes).is_ok(), "shown as well as it goes, not refused");
+    assert!(
+        parse(&bytes, len_bytes).is_ok(),
+        "shown as well as it goes, not refused"
+    );
     let key = find(&bytes, b"general");
     bytes[key] = 0xff;
     refused(&bytes, len_bytes, ErrorKind::Format, &["key 0", "UTF-8"]);
@@ -274,7 +310,9 @@ fn alignment_is_a_bounded_power_of_two() {
         let (bytes, len_bytes) = file.build();
         refused(&bytes, len_bytes, ErrorKind::Format, &["general.alignment"]);
     }
-    let (bytes, len_bytes) = GgufBytes::new("llama").text("general.alignment", "32").build();
+    let (bytes, len_bytes) = GgufBytes::new("llama")
+        .text("general.alignment", "32")
+        .build();
     refused(&bytes, len_bytes, ErrorKind::Format, &["general.alignment"]);
 }
 
@@ -293,8 +331,16 @@ fn tensors_must_lie_where_they_can() {
     let inside = "inside tensor 'blk.0.ffn_up.weight'";
     for (second, kind, words) in [
         (480, ErrorKind::Format, [down, inside]),
-        (0, ErrorKind::Format, ["tensor 'blk.0.ffn_", "inside tensor 'blk.0.ffn_"]),
-        (520, ErrorKind::Format, [down, "520, no multiple of the alignment 32"]),
+        (
+            0,
+            ErrorKind::Format,
+            ["tensor 'blk.0.ffn_", "inside tensor 'blk.0.ffn_"],
+        ),
+        (
+            520,
+            ErrorKind::Format,
+            [down, "520, no multiple of the alignment 32"],
+        ),
         (1 << 40, ErrorKind::Truncated, [down, "incomplete"]),
         (u64::MAX - 31, ErrorKind::Format, [down, "beyond any file"]),
     ] {
@@ -308,7 +354,10 @@ fn types_and_shapes_are_checked() {
     let name = "'blk.0.ffn_up.weight'";
     let mut file = GgufBytes::new("llama").tensor("blk.0.ffn_up.weight", &[256, 4], DType::Q4_K);
     let (bytes, len_bytes) = file.build();
-    assert_eq!(parse(&bytes, len_bytes).unwrap().tensors[0].len_bytes, 4 * 144);
+    assert_eq!(
+        parse(&bytes, len_bytes).unwrap().tensors[0].len_bytes,
+        4 * 144
+    );
     let at = bytes.len() - 12;
     for number in [4_u32, 5, 31, 36, 43, 1000, u32::MAX] {
         let mut hostile = bytes.clone();
@@ -332,7 +381,9 @@ fn types_and_shapes_are_checked() {
 /// Five megabytes of tokens cost one walk and nothing to keep.
 #[test]
 fn a_tokenizer_is_walked_not_kept() {
-    let tokens: Vec<String> = (0..150_000).map(|i| format!("token-number-{i:019}")).collect();
+    let tokens: Vec<String> = (0..150_000)
+        .map(|i| format!("token-number-{i:019}"))
+        .collect();
     let tokens: Vec<&str> = tokens.iter().map(String::as_str).collect();
     let (bytes, len_bytes) = GgufBytes::llama(1, 32, 32, 32, true)
         .texts("tokenizer.ggml.tokens", &tokens)
@@ -379,14 +430,19 @@ fn a_failing_source_is_an_io_error() {
 }
 
 fn arbitrary_file() -> impl Strategy<Value = GgufBytes> {
-    let ggml = DType::ALL.iter().copied().filter(|dtype| dtype.ggml_number().is_some());
+    let ggml = DType::ALL
+        .iter()
+        .copied()
+        .filter(|dtype| dtype.ggml_number().is_some());
     let types = prop::sample::select(ggml.collect::<Vec<_>>());
     let parts = vec!["attn_q", "ffn_down", "ffn_up_exps", "novel", "attn_norm"];
     let place = (0_u32..5, prop::sample::select(parts));
     let tensors = prop::collection::btree_map(place, (1_u64..4, 0_u64..9, types), 1..20);
     let head = (any::<bool>(), 1_u64..40, "[a-z]{0,9}");
     (tensors, 0_u32..13, head).prop_map(|(tensors, shift, (untied, vocab, name))| {
-        let mut file = GgufBytes::new("llama").align(1 << shift).text("general.name", &name);
+        let mut file = GgufBytes::new("llama")
+            .align(1 << shift)
+            .text("general.name", &name);
         for ((block, part), (blocks, rows, dtype)) in tensors {
             let row = blocks * dtype.block_elements();
             file = file.tensor(&format!("blk.{block}.{part}.weight"), &[row, rows], dtype);
