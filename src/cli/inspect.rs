@@ -71,7 +71,11 @@ fn summary(catalog: &Catalog, out: &mut String) {
     for (index, shard) in catalog.shards.iter().enumerate() {
         let label = if index == 0 { "file" } else { "" };
         let path = printable(&shard.path.to_string_lossy());
-        line(out, label, format_args!("{path} ({})", HumanBytes(shard.len_bytes)));
+        line(
+            out,
+            label,
+            format_args!("{path} ({})", HumanBytes(shard.len_bytes)),
+        );
     }
     line(out, "format", format_name(catalog.format));
     line(out, "architecture", printable(&catalog.architecture));
@@ -80,11 +84,16 @@ fn summary(catalog: &Catalog, out: &mut String) {
     }
     line(out, "parameters", human_count(catalog.parameter_count));
     let bits = 8.0 * catalog.model_bytes as f64 / catalog.parameter_count.max(1) as f64;
-    let mix = catalog.file_type.map_or(String::new(), |name| format!("{name}, "));
+    let mix = catalog
+        .file_type
+        .map_or(String::new(), |name| format!("{name}, "));
     line(
         out,
         "weights",
-        format_args!("{} ({mix}{bits:.2} bits per parameter)", HumanBytes(catalog.model_bytes)),
+        format_args!(
+            "{} ({mix}{bits:.2} bits per parameter)",
+            HumanBytes(catalog.model_bytes)
+        ),
     );
     for (label, value) in [
         ("context", catalog.context_length),
@@ -96,9 +105,17 @@ fn summary(catalog: &Catalog, out: &mut String) {
         }
     }
     if let Some(experts) = catalog.expert_count {
-        let used = catalog.experts_used_count.map_or(String::new(), |n| format!(", {n} used per token"));
-        let shared = catalog.shared_expert_count.map_or(String::new(), |n| format!(", {n} shared"));
-        line(out, "experts", format_args!("{experts} per layer{used}{shared}"));
+        let used = catalog
+            .experts_used_count
+            .map_or(String::new(), |n| format!(", {n} used per token"));
+        let shared = catalog
+            .shared_expert_count
+            .map_or(String::new(), |n| format!(", {n} shared"));
+        line(
+            out,
+            "experts",
+            format_args!("{experts} per layer{used}{shared}"),
+        );
     }
     pass_summary(catalog, out);
 }
@@ -119,7 +136,11 @@ fn pass_summary(catalog: &Catalog, out: &mut String) {
             1 => "in one piece".to_owned(),
             count => format!("in {count} pieces"),
         };
-        let tied = if catalog.tied_embeddings { ", tied to the embeddings" } else { "" };
+        let tied = if catalog.tied_embeddings {
+            ", tied to the embeddings"
+        } else {
+            ""
+        };
         let sum = HumanBytes(head.iter().sum());
         line(out, "head", format_args!("{sum} {pieces}{tied}"));
     }
@@ -128,7 +149,10 @@ fn pass_summary(catalog: &Catalog, out: &mut String) {
         line(
             out,
             "unused",
-            format_args!("{} (layers that only draft)", HumanBytes(catalog.unused_tensor_bytes)),
+            format_args!(
+                "{} (layers that only draft)",
+                HumanBytes(catalog.unused_tensor_bytes)
+            ),
         );
     }
 }
@@ -143,7 +167,11 @@ fn bytes_of(catalog: &Catalog, wanted: impl Fn(LayerKind) -> bool) -> Vec<u64> {
 }
 
 fn types(catalog: &Catalog, out: &mut String) {
-    let _ = writeln!(out, "\n{:<12} {:>8} {:>12} {:>7}", "type", "tensors", "bytes", "share");
+    let _ = writeln!(
+        out,
+        "\n{:<12} {:>8} {:>12} {:>7}",
+        "type", "tensors", "bytes", "share"
+    );
     for share in &catalog.types {
         let percent = 100.0 * share.bytes as f64 / catalog.model_bytes.max(1) as f64;
         let bytes = HumanBytes(share.bytes).to_string();
@@ -175,7 +203,13 @@ fn layer_table(catalog: &Catalog, out: &mut String) {
 }
 
 fn tensor_table(catalog: &Catalog, out: &mut String) {
-    let width = catalog.tensors.iter().map(|tensor| tensor.name.len()).max().unwrap_or(0).min(60);
+    let width = catalog
+        .tensors
+        .iter()
+        .map(|tensor| tensor.name.len())
+        .max()
+        .unwrap_or(0)
+        .min(60);
     let _ = writeln!(
         out,
         "\n{:<width$} {:<8} {:<24} {:>14}  {:<24} role",
@@ -283,7 +317,10 @@ fn layer_json(layer: &Layer) -> serde_json::Value {
     });
     match layer.kind {
         LayerKind::Block(number) => object["block"] = json!(number),
-        LayerKind::Head { first_row, row_count } => {
+        LayerKind::Head {
+            first_row,
+            row_count,
+        } => {
             object["first_row"] = json!(first_row);
             object["row_count"] = json!(row_count);
         }
@@ -314,7 +351,10 @@ fn extent_json(extent: &Extent) -> serde_json::Value {
 }
 
 fn extent_text(extent: &Extent) -> String {
-    format!("{}:{}+{}", extent.shard_index, extent.offset_bytes, extent.len_bytes)
+    format!(
+        "{}:{}+{}",
+        extent.shard_index, extent.offset_bytes, extent.len_bytes
+    )
 }
 
 /// The dimensions the file names; a scalar has one of one element.
@@ -406,7 +446,10 @@ mod tests {
         ] {
             assert!(text.contains(words), "'{words}' is not in:\n{text}");
         }
-        assert!(!text.contains('\u{1b}'), "escape sequences reach the terminal");
+        assert!(
+            !text.contains('\u{1b}'),
+            "escape sequences reach the terminal"
+        );
         let short = to_text(&sample(), false, false);
         assert!(!short.contains("attn_q") && short.contains("q8_0"));
     }
