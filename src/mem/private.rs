@@ -1,0 +1,457 @@
+//! The private backing: anonymous memory in place for resident pages, and slots whose pages are *moved* to the place
+//! of the layer they serve.
+//!
+//! A slot's pages are numbered; their order never changes. Page k of a slot that serves a run of n pages lies at the run's
+//! place when k < n, else at place k of the slot's own parking range outside the windows. The kernel moves only what lies in one mapping
+//! (before Linux 6.17), so a slot is a list of pieces: a piece is cut once, at a length that some run has, and never joined again.
+//! That neighbouring mappings may merge is a bonus that nothing here relies on.
+//!
+//! A move is: old place PROT_NONE, mremap, old place reserved anew (it is not even mapped memory then, and costs no mapping of its own),
+//! new place read-write for the read, PROT_READ at publish. So a host that looks at a place without a lease gets SIGSEGV, not another
+//! layer's bytes. Place in `file -> catalog -> plan -> reader -> pool -> lease -> host`: the default pool.
+#![allow(unsafe_code)]
+
+use super::fill::Fill;
+use super::host::{self, Protection};
+use super::pool::{Geometry, PoolOptions, check_disjoint, find_resident};
+use super::report::{PageProbe, PageSource, ProbeData};
+use super::window::Windows;
+use crate::error::{Error, ErrorKind, Result};
+use crate::plan::{PageRun, Plan};
+use crate::units::{HumanBytes, PAGE_2M};
+use std::sync::Arc;
+
+/// Anonymous memory of a pool.
+#[derive(Debug)]
+pub(super) struct Private {
+    geometry: Geometry,
+    resident: Vec<PageRun>,
+    slots: Vec<Slot>,
+    parking: Option<Parking>,
+    resident_kept: bool,
+    /// Last: the windows outlive what was mapped into them.
+    windows: Arc<Windows>,
+}
+
+/// A fixed part of the pool. See the module's head.
+#[derive(Debug)]
+struct Slot {
+    /// Where its page 0 is parked.
+    parking: usize,
+    pieces: Vec<Piece>,
+    aimed: Option<Aim>,
+    quarantined: bool,
+}
+
+/// Pages of a slot that lie in one mapping.
+#[derive(Debug, Clone, Copy)]
+struct Piece {
+    first_page: u64,
+    page_count: u64,
+    address: usize,
+}
+
+/// What a slot serves.
+#[derive(Debug, Clone, Copy)]
+struct Aim {
+    address: usize,
+    len: usize,
+    shard_index: u32,
+}
+
+impl Private {
+    pub(super) fn new(
+        windows: Arc<Windows>,
+        plan: &Plan,
+        options: &PoolOptions,
+    ) -> Result<(Self, PageProbe)> {
+        check_disjoint(plan)?;
+        let streams = plan.layers.iter().any(|layer| layer.transient.is_some());
+        let geometry = Geometry {
+            page_bytes: plan.page_bytes,
+            slots_count: if streams { plan.slots_count } else { 0 },
+            slot_pages: plan.slot_pages,
+        };
+        for run in plan
+            .layers
+            .iter()
+            .filter_map(|layer| layer.transient.as_ref())
+        {
+            geometry.place(&windows, run)?;
+            check_length(&geometry, run)?;
+        }
+        // From here on `store` gives back what it has, whatever fails.
+        let mut store = Self {
+            geometry,
+            resident: Vec::with_capacity(plan.resident.len()),
+            slots: Vec::with_capacity(geometry.slots_count as usize),
+            parking: None,
+            resident_kept: false,
+            windows,
+        };
+        let resident_pages: u64 = plan.resident.iter().map(|run| run.page_count).sum();
+        let pool_bytes = resident_pages * plan.page_bytes + geometry.ring_bytes();
+        let mut fill = Fill::begin(
+            pool_bytes,
+            plan.page_bytes,
+            true,
+            options.binding.as_ref(),
+            options.cancel.as_deref(),
+        )?;
+        store.make_slots(plan, &mut fill)?;
+        store.make_resident(plan, &mut fill)?;
+        let probe = store.probe(pool_bytes, fill);
+        Ok((store, probe))
+    }
+
+    pub(super) fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// The slots, parked.
+    fn make_slots(&mut self, plan: &Plan, fill: &mut Fill<'_>) -> Result<()> {
+        let ring_bytes = self.geometry.ring_bytes();
+        if ring_bytes == 0 {
+            return Ok(());
+        }
+        let parking = Parking::reserve(ring_bytes)?;
+        let (base, len) = (parking.base, parking.len);
+        self.parking = Some(parking);
+        // SAFETY: reserved just now; nobody else knows the range.
+        unsafe {
+            host::protect(base, len, Protection::ReadWrite)?;
+            fill.range(base, len, true)?;
+            host::protect(base, len, Protection::None)?;
+        }
+        let mut lengths: Vec<u64> = plan
+            .layers
+            .iter()
+            .filter_map(|layer| layer.transient.map(|run| run.page_count))
+            .collect();
+        lengths.sort_unstable();
+        lengths.dedup();
+        let slot_bytes = self.geometry.bytes(self.geometry.slot_pages);
+        for index in 0..self.geometry.slots_count as usize {
+            let address = base + index * slot_bytes;
+            // Room for every cut there can be: aim never allocates.
+            let mut pieces = Vec::with_capacity(lengths.len() + 1);
+            pieces.push(Piece {
+                first_page: 0,
+                page_count: self.geometry.slot_pages,
+                address,
+            });
+            self.slots.push(Slot {
+                parking: address,
+                pieces,
+                aimed: None,
+                quarantined: false,
+            });
+        }
+        Ok(())
+    }
+
+    /// Resident pages, in place and writable.
+    fn make_resident(&mut self, plan: &Plan, fill: &mut Fill<'_>) -> Result<()> {
+        for run in &plan.resident {
+            let (address, len) = self.geometry.place(&self.windows, run)?;
+            // Remembered first, so that a failure half way is undone by drop.
+            self.resident.push(*run);
+            // SAFETY: a place in our windows that no slot is ever aimed at (check_disjoint).
+            unsafe {
+                host::protect(address, len, Protection::ReadWrite)?;
+                fill.range(address, len, true)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn probe(&self, pool_bytes: u64, fill: Fill<'_>) -> PageProbe {
+        let mut ranges: Vec<(usize, usize)> = self.windows.ranges().collect();
+        ranges.extend(
+            self.parking
+                .as_ref()
+                .map(|parking| (parking.base, parking.len)),
+        );
+        let wanted_bytes = self.geometry.page_bytes;
+        PageProbe {
+            inner: Arc::new(ProbeData {
+                ranges,
+                pool_bytes,
+                wanted_bytes,
+                source: if wanted_bytes >= PAGE_2M {
+                    PageSource::AnonymousHuge
+                } else {
+                    PageSource::Anonymous
+                },
+                fallbacks: fill.fallbacks,
+            }),
+        }
+    }
+
+    pub(super) fn aim(&mut self, slot: u32, run: &PageRun) -> Result<*mut u8> {
+        let (address, len) = self.geometry.place(&self.windows, run)?;
+        check_length(&self.geometry, run)?;
+        self.check_free_place(slot, run, address, len)?;
+        let geometry = self.geometry;
+        let slot = &mut self.slots[slot as usize];
+        let aim = Aim {
+            address,
+            len,
+            shard_index: run.shard_index,
+        };
+        let there = slot
+            .aimed
+            .is_some_and(|now| now.address == address && now.len == len);
+        if !there {
+            slot.aimed = None;
+            if slot.touches(&geometry, address, len) {
+                // A run that overlaps the present one: a page cannot move onto its own slot's pages.
+                slot.lay_out(&geometry, address, 0)?;
+            }
+            slot.lay_out(&geometry, address, run.page_count)?;
+        }
+        // SAFETY: the run's pages lie there now; no lease is out on it (the caller's part).
+        unsafe { host::protect(address, len, Protection::ReadWrite)? };
+        slot.aimed = Some(aim);
+        Ok(address as *mut u8)
+    }
+
+    /// Refuses an aim that would destroy resident pages or another slot's.
+    fn check_free_place(&self, slot: u32, run: &PageRun, address: usize, len: usize) -> Result<()> {
+        let Some(own) = self.slots.get(slot as usize) else {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!("slot {slot}: the pool has {}", self.slots.len()),
+            ));
+        };
+        if own.quarantined {
+            return Err(quarantined(slot));
+        }
+        let after = self.resident.partition_point(|have| have <= run);
+        let near = &self.resident[after.saturating_sub(1)..self.resident.len().min(after + 1)];
+        let resident = near.iter().find(|have| {
+            have.shard_index == run.shard_index
+                && have.first_page < run.first_page + run.page_count
+                && run.first_page < have.first_page + have.page_count
+        });
+        if let Some(have) = resident {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!("{run:?} is not transient: {have:?} is resident"),
+            ));
+        }
+        for (index, other) in self.slots.iter().enumerate() {
+            if index == slot as usize || !other.touches(&self.geometry, address, len) {
+                continue;
+            }
+            return Err(if other.quarantined {
+                quarantined(index as u32)
+            } else {
+                Error::new(
+                    ErrorKind::Invalid,
+                    format!("{run:?} is where slot {index} is; slot {slot} cannot be aimed there"),
+                )
+            });
+        }
+        Ok(())
+    }
+
+    pub(super) fn publish(&mut self, slot: u32) -> Result<()> {
+        let aimed = self
+            .slots
+            .get(slot as usize)
+            .filter(|slot| !slot.quarantined)
+            .and_then(|slot| slot.aimed);
+        let Some(aim) = aimed else {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!("slot {slot} is not aimed: nothing to publish"),
+            ));
+        };
+        // SAFETY: the slot's own place; the reader is done with it (the caller's part).
+        unsafe { host::protect(aim.address, aim.len, Protection::Read) }
+    }
+
+    pub(super) fn resident_target(&self, run: &PageRun) -> *mut u8 {
+        let place = find_resident(&self.resident, run)
+            .and_then(|_| self.geometry.place(&self.windows, run).ok());
+        place.map_or(std::ptr::null_mut(), |(address, _)| address as *mut u8)
+    }
+
+    pub(super) fn publish_resident(&mut self, run: &PageRun) -> Result<()> {
+        let (address, len) = self.geometry.place(&self.windows, run)?;
+        // SAFETY: the pool's own pages; the reader is done with them (the caller's part).
+        unsafe { host::protect(address, len, Protection::Read) }
+    }
+
+    pub(super) fn quarantine(&mut self, slot: u32) {
+        let Some(slot) = self.slots.get_mut(slot as usize) else {
+            return;
+        };
+        slot.quarantined = true;
+        if let Some(parking) = &mut self.parking {
+            parking.kept = true;
+        }
+        if let Some(aim) = slot.aimed {
+            self.windows.keep(aim.shard_index);
+            // SAFETY: the slot's own place. The kernel's hold on the pages is not touched by their protection.
+            if let Err(error) = unsafe { host::protect(aim.address, aim.len, Protection::None) } {
+                log::error!("a quarantined slot stays readable: {error}");
+            }
+        }
+    }
+
+    pub(super) fn quarantine_resident(&mut self) {
+        self.resident_kept = true;
+        for run in &self.resident {
+            self.windows.keep(run.shard_index);
+        }
+    }
+}
+
+impl Slot {
+    /// True when a piece of it lies in the range.
+    fn touches(&self, geometry: &Geometry, address: usize, len: usize) -> bool {
+        self.pieces.iter().any(|piece| {
+            piece.address < address + len
+                && address < piece.address + geometry.bytes(piece.page_count)
+        })
+    }
+
+    /// Moves the first `page_count` pages to `place` and the others to the parking range.
+    fn lay_out(&mut self, geometry: &Geometry, place: usize, page_count: u64) -> Result<()> {
+        self.cut(geometry, page_count);
+        let parking = self.parking;
+        let goal = |piece: &Piece| {
+            let base = if piece.first_page < page_count {
+                place
+            } else {
+                parking
+            };
+            base + geometry.bytes(piece.first_page)
+        };
+        let home = |piece: &Piece| parking + geometry.bytes(piece.first_page);
+        for piece in &self.pieces {
+            if piece.address != goal(piece) && piece.address != home(piece) {
+                // SAFETY: the slot's own pages, with no lease and no read on them (the caller's part).
+                unsafe {
+                    host::protect(
+                        piece.address,
+                        geometry.bytes(piece.page_count),
+                        Protection::None,
+                    )?;
+                }
+            }
+        }
+        for piece in &mut self.pieces {
+            let (from, to) = (piece.address, goal(piece));
+            if from == to {
+                continue;
+            }
+            let len = geometry.bytes(piece.page_count);
+            // SAFETY: both ranges are the slot's: its pages and the place that check_free_place found empty, or its own
+            // parking; they do not overlap, and no read is in flight (the caller's part).
+            unsafe {
+                host::move_pages(from, to, len)?;
+                piece.address = to;
+                host::reserve_fixed(from, len)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes page `at` the first of a piece. Half a mapping lies in one mapping too.
+    fn cut(&mut self, geometry: &Geometry, at: u64) {
+        let inside =
+            |piece: &Piece| piece.first_page < at && at < piece.first_page + piece.page_count;
+        if let Some(index) = self.pieces.iter().position(inside) {
+            let piece = &mut self.pieces[index];
+            let keep = at - piece.first_page;
+            let rest = Piece {
+                first_page: at,
+                page_count: piece.page_count - keep,
+                address: piece.address + geometry.bytes(keep),
+            };
+            piece.page_count = keep;
+            self.pieces.insert(index + 1, rest);
+        }
+    }
+}
+
+impl Drop for Private {
+    fn drop(&mut self) {
+        let tell = |result: Result<()>| {
+            if let Err(error) = result {
+                log::error!("pool memory not given back: {error}");
+            }
+        };
+        for slot in self.slots.iter().filter(|slot| !slot.quarantined) {
+            for piece in &slot.pieces {
+                let len = self.geometry.bytes(piece.page_count);
+                // SAFETY: the slot's own pages, which nobody leases or fills any more (the caller's part).
+                tell(unsafe { host::reserve_fixed(piece.address, len) });
+            }
+        }
+        for run in self.resident.iter().filter(|_| !self.resident_kept) {
+            if let Ok((address, len)) = self.geometry.place(&self.windows, run) {
+                // SAFETY: the pool's own pages, which nobody leases or fills any more (the caller's part).
+                tell(unsafe { host::reserve_fixed(address, len) });
+            }
+        }
+    }
+}
+
+/// Where pages of slots stay that no run needs: outside the windows, never readable.
+#[derive(Debug)]
+struct Parking {
+    base: usize,
+    len: usize,
+    /// A quarantined slot has pages here.
+    kept: bool,
+}
+
+impl Parking {
+    fn reserve(len_bytes: u64) -> Result<Self> {
+        Ok(Self {
+            base: host::reserve(len_bytes)?,
+            len: host::to_usize(len_bytes)?,
+            kept: false,
+        })
+    }
+}
+
+impl Drop for Parking {
+    fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
+        // SAFETY: reserved by us, and no slot is quarantined.
+        if let Err(error) = unsafe { host::unmap(self.base, self.len) } {
+            log::error!("parking range not given back: {error}");
+        }
+    }
+}
+
+fn check_length(geometry: &Geometry, run: &PageRun) -> Result<()> {
+    if (1..=geometry.slot_pages).contains(&run.page_count) {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Invalid,
+        format!(
+            "{run:?} is not a run for slots of {} pages ({})",
+            geometry.slot_pages,
+            HumanBytes(geometry.slot_pages * geometry.page_bytes)
+        ),
+    ))
+}
+
+/// The error of a slot, or of a place, that the kernel has not given back.
+pub(super) fn quarantined(slot: u32) -> Error {
+    Error::new(
+        ErrorKind::Io,
+        format!(
+            "slot {slot} is quarantined: the kernel never gave back a read into it; check the drive (dmesg), then reopen the model"
+        ),
+    )
+}
