@@ -48,9 +48,9 @@ const Environment & environment();
 void log_line(LogLevel level, const char * format, ...) __attribute__((format(printf, 2, 3)));
 
 // Records a failure for FLEA_STATS and ggml_backend_flea_last_failure, and logs it. `what` is one line.
-void fail(int32_t status, const std::string & what);
+void fail(int32_t status, const std::string & what, LogLevel level = LogLevel::error);
 // The same with flea's own words for the status it just returned on this thread.
-void fail_flea(int32_t status, const std::string & doing);
+void fail_flea(int32_t status, const std::string & doing, LogLevel level = LogLevel::error);
 
 // Bytes that a budget in the form of FLEA_MEMORY offers beside the weights; only an estimate for llama.cpp's "fit" pass.
 uint64_t offered_bytes(uint64_t model_bytes, uint64_t smallest_weights_bytes);
@@ -84,8 +84,9 @@ struct Model {
     std::vector<int> own_fds;       // everything flea and we have open of it: in /proc/self/fd, but no sign of a host
     std::unordered_map<std::string, std::unique_ptr<Weight>> weights;
     size_t placed_buffers_count = 0;  // live ggml buffers that hold placed weights; guarded by the finder's mutex
-    std::once_flag started;
     std::atomic<bool> planned { false };
+    std::atomic<bool> warned { false };  // that layers are missing
+    std::atomic<bool> refused { false };  // that there is no plan; a host tries again with every decode
     std::mutex hint_mutex;
     std::vector<uint32_t> last_hint;
 

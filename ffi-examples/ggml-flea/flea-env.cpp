@@ -156,19 +156,19 @@ void log_line(LogLevel level, const char * format, ...) {
     fprintf(stderr, "flea: %s%s\n", prefix, text);
 }
 
-void fail(int32_t status, const std::string & what) {
+void fail(int32_t status, const std::string & what, LogLevel level) {
     {
         std::lock_guard<std::mutex> guard(failure().mutex);
         failure().status = status;
         failure().text   = what;
     }
     // A host that handed its model over asks for the failure and reports it in its own words.
-    log_line(is_configured() ? LogLevel::debug : LogLevel::error, "%s", what.c_str());
+    log_line(is_configured() ? LogLevel::debug : level, "%s", what.c_str());
 }
 
-void fail_flea(int32_t status, const std::string & doing) {
+void fail_flea(int32_t status, const std::string & doing, LogLevel level) {
     const char * text = flea_last_error();
-    fail(status, doing + ": " + (text && *text ? text : flea_status_name(status)));
+    fail(status, doing + ": " + (text && *text ? text : flea_status_name(status)), level);
 }
 
 // Weights and KV cache share the budget. Where the model fits beside it, the rest of the budget is offered. Where it does not,

@@ -458,15 +458,13 @@ uint32_t placed_layers(const Model & model) {
 
 void model_before_acquire(Model * model) {
     if (model->planned.load(std::memory_order_acquire)) { return; }
-    std::call_once(model->started, [model] {
-        pending_bytes = reserved_untouched_bytes();
-        const uint32_t placed = placed_layers(*model);
-        if (placed < model->info.layer_count) {
-            log_line(LogLevel::warn, "%s: llama.cpp kept %u of %u layers in ordinary memory, where they are not streamed; -ngl 99 -fit off "
-                     "puts all of them on FLEA, a smaller -c or -ub leaves room for them", model->path.c_str(),
-                     model->info.layer_count - placed, model->info.layer_count);
-        }
-    });
+    pending_bytes = reserved_untouched_bytes();
+    const uint32_t placed = placed_layers(*model);
+    if (placed < model->info.layer_count && !model->warned.exchange(true)) {
+        log_line(LogLevel::warn, "%s: llama.cpp kept %u of %u layers in ordinary memory, where they are not streamed; -ngl 99 -fit off "
+                 "puts all of them on FLEA, a smaller -c or -ub leaves room for them", model->path.c_str(),
+                 model->info.layer_count - placed, model->info.layer_count);
+    }
 }
 
 void model_acquired(Model * model) {

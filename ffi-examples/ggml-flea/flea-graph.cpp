@@ -234,6 +234,19 @@ void Lease::release() {
 
 // ---- the entry
 
+namespace {
+
+void report(Model & model, int32_t layer, int32_t status) {
+    if (status == FLEA_E_REFUSED || status == FLEA_E_NOMEM) {
+        // No plan: the same words for every decode that the host tries again are said once.
+        fail_flea(status, model.path, model.refused.exchange(true) ? LogLevel::debug : LogLevel::error);
+    } else {
+        fail_flea(status, model.path + ": layer " + std::to_string(layer));
+    }
+}
+
+}  // namespace
+
 ggml_status graph_compute(Stream & stream, ggml_cgraph * graph) {
     counters.graphs++;
     cut_graph(graph, stream.steps);
@@ -245,7 +258,7 @@ ggml_status graph_compute(Stream & stream, ggml_cgraph * graph) {
         if (computed == GGML_STATUS_SUCCESS) { continue; }
         lease.release();
         if (status == FLEA_E_CANCELED) { return GGML_STATUS_ABORTED; }
-        if (status != FLEA_OK) { fail_flea(status, "layer " + std::to_string(step.layer)); }
+        if (status != FLEA_OK) { report(*step.model, step.layer, status); }
         return computed;
     }
     lease.release();
