@@ -181,13 +181,13 @@ impl Pool {
         }
     }
 
-    /// All resident bytes are in: their pages become readable, and only that.
+    /// All bytes of a resident run (or of a part of one) are in: its pages become readable, and only that.
     ///
     /// # Errors
-    /// What mprotect says.
-    pub fn publish_resident(&mut self) -> Result<()> {
+    /// `Invalid` for a run outside the windows, else what mprotect says.
+    pub fn publish_resident(&mut self, run: &PageRun) -> Result<()> {
         match &mut self.store {
-            Store::Private(store) => store.publish_resident(),
+            Store::Private(store) => store.publish_resident(run),
             Store::Shared(_) => Ok(()),
         }
     }

@@ -317,7 +317,9 @@ fn resident_pages_are_written_then_only_read() {
             // SAFETY: the run's own writable bytes.
             unsafe { std::ptr::write_bytes(target, index as u8 + 1, bytes) };
         }
-        pool.publish_resident().unwrap();
+        for run in &plan.resident {
+            pool.publish_resident(run).unwrap();
+        }
         for (index, run) in plan.resident.iter().enumerate() {
             let window = window_address(&windows, &plan, run);
             assert!(readable(window) && !writable(window), "{backing:?}");
@@ -451,7 +453,7 @@ fn a_model_that_fits_has_no_slots() {
         let mut pool = pool_of(&windows, &plan, backing);
         assert_eq!((pool.slots_count(), pool_bytes(&pool)), (0, 8 * PAGE_4K));
         assert!(pool.aim(0, &plan.resident[0]).is_err());
-        pool.publish_resident().unwrap();
+        pool.publish_resident(&plan.resident[0]).unwrap();
     }
 }
 

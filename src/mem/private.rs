@@ -278,13 +278,10 @@ impl Private {
         place.map_or(std::ptr::null_mut(), |(address, _)| address as *mut u8)
     }
 
-    pub(super) fn publish_resident(&mut self) -> Result<()> {
-        for run in &self.resident {
-            let (address, len) = self.geometry.place(&self.windows, run)?;
-            // SAFETY: the pool's own pages; the reader is done with them (the caller's part).
-            unsafe { host::protect(address, len, Protection::Read)? };
-        }
-        Ok(())
+    pub(super) fn publish_resident(&mut self, run: &PageRun) -> Result<()> {
+        let (address, len) = self.geometry.place(&self.windows, run)?;
+        // SAFETY: the pool's own pages; the reader is done with them (the caller's part).
+        unsafe { host::protect(address, len, Protection::Read) }
     }
 
     pub(super) fn quarantine(&mut self, slot: u32) {

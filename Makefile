@@ -1,0 +1,95 @@
+# flea: what a person types. Everything lands under $(TARGET); nothing outside it is touched, but by install.
+#
+# make            the release programs
+# make demo       see it work: a small real model, streamed and resident, then line rate on a synthetic one
+# make test       every test, also against stock llama.cpp (fetched and built on the first run)
+# make help       all targets
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+CARGO ?= cargo
+CMAKE ?= cmake
+TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
+CAPI := $(TARGET)/capi
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+# Two libraries of one soname agree in their ABI; the file name carries the release.
+SONAME := libflea.so.0
+LIBRARY := libflea.so.$(VERSION)
+
+PREFIX ?= /usr/local
+BINDIR ?= $(PREFIX)/bin
+LIBDIR ?= $(PREFIX)/lib
+INCLUDEDIR ?= $(PREFIX)/include
+MANDIR ?= $(PREFIX)/share/man
+DOCDIR ?= $(PREFIX)/share/doc/flea
+DESTDIR ?=
+
+.PHONY: build lib ggml-flea header examples test demo install uninstall fmt clippy clean help
+.DEFAULT_GOAL := build
+
+build: ## the release programs: $(TARGET)/release/flea
+	$(CARGO) build --release --locked
+
+# A build of its own: libflea must never contain ggml, and the two must not overwrite each other's libflea.rlib.
+# cargo's own name for the result is libflea.so; programs ask for the soname at run time, so it gets its links here.
+lib: ## the C library: $(CAPI)/lib/{libflea.so*,libflea.a,pkgconfig/flea.pc}, $(CAPI)/include/flea.h
+	$(CARGO) rustc --lib --locked --release --no-default-features --crate-type cdylib,staticlib --target-dir $(CAPI)/cargo -- -C link-arg=-Wl,-soname,libflea.so.0
+	@mkdir -p $(CAPI)/lib/pkgconfig $(CAPI)/include
+	@cp --update $(CAPI)/cargo/release/libflea.so $(CAPI)/lib/$(LIBRARY)
+	@cp --update $(CAPI)/cargo/release/libflea.a $(CAPI)/lib/libflea.a
+	@cp --update include/flea.h $(CAPI)/include/flea.h
+	@ln -sf $(LIBRARY) $(CAPI)/lib/$(SONAME)
+	@ln -sf $(SONAME) $(CAPI)/lib/libflea.so
+	@scripts/flea-pc.sh $(VERSION) $(CAPI) $(CAPI)/lib $(CAPI)/include > $(CAPI)/lib/pkgconfig/flea.pc
+
+ggml-flea: lib ## the ggml device for a llama.cpp: make ggml-flea LLAMA_CPP=<source directory>
+	@test -n "$(LLAMA_CPP)" || { echo "usage: make ggml-flea LLAMA_CPP=<llama.cpp source directory>" >&2; exit 2; }
+	$(CMAKE) -S ffi-examples/ggml-flea -B $(TARGET)/ggml-flea/build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CPP=$(abspath $(LLAMA_CPP)) \
+	  -DFLEA_INCLUDE=$(CAPI)/include -DFLEA_LIB=$(CAPI)/lib/libflea.a -DOUTPUT_DIR=$(TARGET)/ggml-flea
+	$(CMAKE) --build $(TARGET)/ggml-flea/build
+	@ls $(TARGET)/ggml-flea/libggml-flea.so
+
+header: ## writes include/flea.h anew from the sources
+	FLEA_BLESS=1 $(CARGO) test --locked --no-default-features --test header
+
+examples: lib ## the C and C++ hosts of ffi-examples: $(TARGET)/examples
+	$(CMAKE) -S ffi-examples -B $(TARGET)/examples -DFLEA_INCLUDE=$(CAPI)/include -DFLEA_LIB=$(CAPI)/lib/libflea.so
+	$(CMAKE) --build $(TARGET)/examples
+
+test: ## every test
+	scripts/test.sh
+
+demo: ## runs the model in assets/ and a synthetic one; under a minute after the first build
+	scripts/demo.sh
+
+install: build lib ## into $(DESTDIR)$(PREFIX); libggml-flea.so too if it was built
+	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(LIBDIR)/pkgconfig $(DESTDIR)$(INCLUDEDIR) $(DESTDIR)$(MANDIR)/man1 $(DESTDIR)$(DOCDIR)
+	install -m 755 $(TARGET)/release/flea $(DESTDIR)$(BINDIR)/flea
+	install -m 755 $(CAPI)/lib/$(LIBRARY) $(DESTDIR)$(LIBDIR)/$(LIBRARY)
+	ln -sf $(LIBRARY) $(DESTDIR)$(LIBDIR)/$(SONAME)
+	ln -sf $(SONAME) $(DESTDIR)$(LIBDIR)/libflea.so
+	install -m 644 $(CAPI)/lib/libflea.a $(DESTDIR)$(LIBDIR)/libflea.a
+	install -m 644 include/flea.h $(DESTDIR)$(INCLUDEDIR)/flea.h
+	scripts/flea-pc.sh $(VERSION) $(PREFIX) $(LIBDIR) $(INCLUDEDIR) > $(DESTDIR)$(LIBDIR)/pkgconfig/flea.pc
+	install -m 644 docs/flea.1 $(DESTDIR)$(MANDIR)/man1/flea.1
+	install -m 644 README.md ARCHITECTURE.md CHANGELOG.md LICENSE LICENSE-MIT LICENSE-APACHE $(DESTDIR)$(DOCDIR)
+	if [[ -f $(TARGET)/ggml-flea/libggml-flea.so ]]; then install -m 755 $(TARGET)/ggml-flea/libggml-flea.so $(DESTDIR)$(LIBDIR)/; fi
+
+uninstall: ## takes away what install put there
+	rm -f $(DESTDIR)$(BINDIR)/flea $(DESTDIR)$(LIBDIR)/{$(LIBRARY),$(SONAME),libflea.so,libflea.a,libggml-flea.so,pkgconfig/flea.pc}
+	rm -f $(DESTDIR)$(INCLUDEDIR)/flea.h $(DESTDIR)$(MANDIR)/man1/flea.1
+	rm -rf $(DESTDIR)$(DOCDIR)
+
+fmt: ## formats the Rust sources
+	$(CARGO) fmt
+
+clippy: ## what .ci/run asks of the Rust sources
+	$(CARGO) clippy --locked --no-default-features --all-targets -- -D warnings
+	$(CARGO) clippy --locked --release --all-targets -- -D warnings
+	$(CARGO) clippy --locked --release --all-features --all-targets -- -D warnings
+
+clean: ## deletes everything that was built here
+	rm -rf $(TARGET)
+
+help: ## this text
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | sed 's/\$$(TARGET)/target/g; s/\$$(CAPI)/target\/capi/g; s/\$$(DESTDIR)\$$(PREFIX)/DESTDIR PREFIX/' | awk -F'\t' '{ printf "  %-10s %s\n", $$1, $$2 }'

@@ -1,0 +1,291 @@
+// The device's memory.
+//
+// llama.cpp allocates one ggml buffer for all weights of a buffer type, and others for KV cache and compute. All of them are
+// anonymous memory that is only reserved (MAP_NORESERVE) until it is touched. init_tensor then moves streamed weights out of
+// it: their data pointer is their place in flea's window, so the space reserved for them is never touched. Reading such
+// a weight needs a lease; writing it is a no-op, because the host's loader brings bytes that flea reads by itself.
+//
+// Two buffer types: FLEA, which is not host memory (so the loader stages what it reads and hands it over in pieces
+// instead of writing into windows that are not writable), and FLEA_Host, plain memory whose reserved part we know.
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <set>
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "flea-device.hpp"
+
+namespace ggml_flea {
+
+uint64_t pending_bytes = 0;
+
+namespace {
+
+constexpr size_t alignment_bytes = 64;
+constexpr size_t page_bytes = 4096;
+// From here on the kernel is asked for 2 MiB pages; below, they would mostly be padding.
+constexpr size_t huge_from_bytes = 8u << 20;
+// A context made after the plan may add this much; more would break the budget.
+constexpr uint64_t slack_bytes = 32ull << 20;
+
+struct Memory {
+    char * base = nullptr;
+    size_t size_bytes = 0;
+    uint64_t placed_bytes = 0;   // reserved for weights that stand in a window: never touched
+    Model * model = nullptr;     // whose weights are placed here
+};
+
+struct Live {
+    std::mutex mutex;
+    std::set<Memory *> all;
+    uint64_t planned_bytes = 0;  // reserved when the plan was made; 0 before
+};
+
+Live & live() {
+    static Live * instance = new Live;
+    return *instance;
+}
+
+uint64_t resident_bytes(const Memory & memory) {
+    constexpr size_t step_bytes = 256u << 20;
+    std::vector<unsigned char> pages(step_bytes / page_bytes);
+    uint64_t resident = 0;
+    for (size_t start = 0; start < memory.size_bytes; start += step_bytes) {
+        const size_t bytes = std::min(step_bytes, memory.size_bytes - start);
+        if (mincore(memory.base + start, bytes, pages.data()) != 0) { continue; }
+        for (size_t page = 0; page < bytes / page_bytes; ++page) { resident += (pages[page] & 1) ? page_bytes : 0; }
+    }
+    return resident;
+}
+
+uint64_t reserved_locked() {
+    uint64_t total = 0;
+    for (const Memory * memory : live().all) { total += memory->size_bytes - memory->placed_bytes; }
+    return total;
+}
+
+// Everything reserved when the plan was made is in its host_bytes. More than that has no place in the budget.
+bool fits_after_plan(size_t bytes) {
+    std::lock_guard<std::mutex> guard(live().mutex);
+    const uint64_t planned = live().planned_bytes;
+    if (planned == 0 || is_configured()) { return true; }  // a host that gave the model answers for its own memory
+    const uint64_t wanted = reserved_locked() + bytes;
+    if (wanted <= planned + slack_bytes) { return true; }
+    const std::string numbers = std::to_string(bytes >> 20) + " MiB more are asked for, " + std::to_string((wanted - planned) >> 20) +
+                                " MiB beyond what was reserved when the plan was made";
+    if (environment().memory.empty()) {
+        log_line(LogLevel::warn, "%s; no FLEA_MEMORY is set, so they are given, beyond the automatic budget", numbers.c_str());
+        return true;
+    }
+    fail(FLEA_E_REFUSED, numbers + ": refused, FLEA_MEMORY=" + environment().memory +
+                             " is for everything. Create all contexts before the first decode, with the largest sizes first");
+    return false;
+}
+
+Memory & memory_of(ggml_backend_buffer_t buffer) { return *static_cast<Memory *>(buffer->context); }
+
+void free_buffer(ggml_backend_buffer_t buffer) {
+    Memory * memory = &memory_of(buffer);
+    {
+        std::lock_guard<std::mutex> guard(live().mutex);
+        live().all.erase(memory);
+        if (memory->model) { live().planned_bytes = 0; }
+    }
+    munmap(memory->base, memory->size_bytes);
+    if (memory->model) { model_buffer_freed(memory->model); }
+    delete memory;
+}
+
+void * get_base(ggml_backend_buffer_t buffer) { return memory_of(buffer).base; }
+
+void place(Memory & memory, ggml_tensor * tensor, const Weight * weight) {
+    tensor->data  = weight->data;
+    tensor->extra = const_cast<Weight *>(weight);
+    weight->placed = true;
+    const bool first = memory.model == nullptr;
+    {
+        std::lock_guard<std::mutex> guard(live().mutex);
+        memory.model = weight->model;
+        memory.placed_bytes = std::min<uint64_t>(memory.size_bytes, memory.placed_bytes + GGML_PAD(weight->bytes, alignment_bytes));
+    }
+    if (first) { model_buffer_placed(weight->model); }
+    counters.placed_tensors++;
+    counters.placed_bytes += weight->bytes;
+}
+
+// Called for weights, and for every compute tensor of every graph: names are looked at first.
+ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor) {
+    if (tensor->view_src || tensor->op != GGML_OP_NONE || !is_weight_name(tensor->name)) { return GGML_STATUS_SUCCESS; }
+    const Weight * weight = nullptr;
+    switch (find_weight(tensor, &weight)) {
+        case Match::streamed:
+            if (memory_of(buffer).model && memory_of(buffer).model != weight->model) { break; }
+            place(memory_of(buffer), tensor, weight);
+            return GGML_STATUS_SUCCESS;
+        case Match::kept:
+        case Match::other:
+            return GGML_STATUS_SUCCESS;  // the host asked for it here (-ot): ordinary memory
+        case Match::refused:
+            return GGML_STATUS_FAILED;
+        case Match::unknown:
+            if (!is_model_weight_name(tensor->name)) { return GGML_STATUS_SUCCESS; }
+            break;
+    }
+    fail(FLEA_E_NOTFOUND, std::string("tensor '") + tensor->name + "' (" + std::to_string(ggml_nbytes(tensor)) +
+                              " bytes) is in no model file that this process has open; name the file with FLEA_MODEL");
+    return GGML_STATUS_FAILED;
+}
+
+void memset_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, uint8_t value, size_t offset, size_t size) {
+    if (!weight_of(tensor)) { memset((char *) tensor->data + offset, value, size); }
+}
+
+void set_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+    if (const Weight * weight = weight_of(tensor)) {
+        loader_read(weight, offset, size);
+    } else {
+        memcpy((char *) tensor->data + offset, data, size);
+    }
+}
+
+// A weight is copied layer by layer: a cut head need not fit into memory as a whole.
+void get_weight(const Weight * weight, const ggml_tensor * tensor, char * data, size_t offset, size_t size) {
+    const size_t view_offset = (size_t) ((const char *) tensor->data - (const char *) weight->data);
+    const uint64_t row_bytes = weight->is_cut() ? ggml_row_size(tensor->type, (tensor->view_src ? tensor->view_src : tensor)->ne[0]) : 0;
+    for (int32_t layer = weight->layer; layer <= weight->layer_last; ++layer) {
+        const uint64_t piece_bytes = weight->is_cut() ? weight->rows_per_layer * row_bytes : weight->bytes;
+        const uint64_t start = piece_bytes * (uint64_t) (layer - weight->layer);
+        const uint64_t end = layer == weight->layer_last ? weight->bytes : start + piece_bytes;
+        const uint64_t from = std::max<uint64_t>(start, view_offset + offset);
+        const uint64_t to = std::min<uint64_t>(end, view_offset + offset + size);
+        if (from >= to) { continue; }
+        Lease lease;
+        const int32_t status = lease.take(weight->model, (uint32_t) layer, nullptr);
+        if (status != FLEA_OK) {
+            fail_flea(status, std::string("reading tensor '") + tensor->name + "'");
+            memset(data, 0, size);  // ggml has no way to report it; zeros are at least no other tensor's bytes
+            return;
+        }
+        memcpy(data + (from - view_offset - offset), (const char *) weight->data + from, to - from);
+    }
+}
+
+void get_tensor(ggml_backend_buffer_t, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
+    if (const Weight * weight = weight_of(tensor)) {
+        get_weight(weight, tensor, (char *) data, offset, size);
+    } else {
+        memcpy(data, (const char *) tensor->data + offset, size);
+    }
+}
+
+bool cpy_tensor(ggml_backend_buffer_t, const ggml_tensor * src, ggml_tensor * dst) {
+    const ggml_backend_buffer_t from = src->view_src ? src->view_src->buffer : src->buffer;
+    if (weight_of(src) || weight_of(dst)) { return false; }
+    if (from->buft != buffer_type() && !ggml_backend_buffer_is_host(from)) { return false; }
+    memcpy(dst->data, src->data, ggml_nbytes(src));
+    return true;
+}
+
+// Fresh pages are zero already, and pages given back are fresh again: clearing never makes memory.
+void clear(ggml_backend_buffer_t buffer, uint8_t value) {
+    Memory & memory = memory_of(buffer);
+    if (value == 0) {
+        madvise(memory.base, memory.size_bytes, MADV_DONTNEED);
+    } else if (!memory.model) {
+        memset(memory.base, value, memory.size_bytes);
+    }
+}
+
+ggml_backend_buffer_i buffer_interface() {
+    ggml_backend_buffer_i iface = {};
+    iface.free_buffer   = free_buffer;
+    iface.get_base      = get_base;
+    iface.memset_tensor = memset_tensor;
+    iface.set_tensor    = set_tensor;
+    iface.get_tensor    = get_tensor;
+    iface.cpy_tensor    = cpy_tensor;
+    iface.clear         = clear;
+    return iface;
+}
+
+ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) {
+    const size_t bytes = std::max(page_bytes, (size_t) GGML_PAD(size, page_bytes));
+    // The weights' own buffer is made before any plan, so what comes after one is real memory.
+    if (!fits_after_plan(bytes)) { return nullptr; }
+    void * base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (base == MAP_FAILED) {
+        fail(FLEA_E_NOMEM, "cannot reserve " + std::to_string(bytes) + " bytes of address space: " + strerror(errno) +
+                               "; with vm.overcommit_memory=2 or a low 'ulimit -v' a model larger than memory cannot be loaded");
+        return nullptr;
+    }
+    if (bytes >= huge_from_bytes) { madvise(base, bytes, MADV_HUGEPAGE); }
+    auto * memory = new Memory;
+    memory->base = static_cast<char *>(base);
+    memory->size_bytes = bytes;
+    {
+        std::lock_guard<std::mutex> guard(live().mutex);
+        live().all.insert(memory);
+    }
+    ggml_backend_buffer_i iface = buffer_interface();
+    if (buft == buffer_type()) { iface.init_tensor = init_tensor; }
+    return ggml_backend_buffer_init(buft, iface, memory, size);
+}
+
+const char * name_flea(ggml_backend_buffer_type_t) { return "FLEA"; }
+const char * name_host(ggml_backend_buffer_type_t) { return "FLEA_Host"; }
+size_t get_alignment(ggml_backend_buffer_type_t) { return alignment_bytes; }
+bool is_host_flea(ggml_backend_buffer_type_t) { return loader_skips_streamed(); }
+bool is_host_always(ggml_backend_buffer_type_t) { return true; }
+
+ggml_backend_buffer_type make_type(const char * (*name)(ggml_backend_buffer_type_t), bool (*is_host)(ggml_backend_buffer_type_t)) {
+    ggml_backend_buffer_type type = {};
+    type.iface.get_name      = name;
+    type.iface.alloc_buffer  = alloc_buffer;
+    type.iface.get_alignment = get_alignment;
+    type.iface.is_host       = is_host;
+    type.device              = device();
+    return type;
+}
+
+}  // namespace
+
+ggml_backend_buffer_type_t buffer_type() {
+    static ggml_backend_buffer_type type = make_type(name_flea, is_host_flea);
+    return &type;
+}
+
+ggml_backend_buffer_type_t host_buffer_type() {
+    static ggml_backend_buffer_type type = make_type(name_host, is_host_always);
+    return &type;
+}
+
+const Weight * weight_of(const ggml_tensor * tensor) {
+    const ggml_tensor * root = tensor->view_src ? tensor->view_src : tensor;
+    if (!root->extra || !root->buffer || root->buffer->buft != buffer_type() || root->buffer->size == 0) { return nullptr; }
+    return static_cast<const Weight *>(root->extra);
+}
+
+uint64_t reserved_bytes() {
+    std::lock_guard<std::mutex> guard(live().mutex);
+    return reserved_locked();
+}
+
+uint64_t reserved_untouched_bytes() {
+    std::lock_guard<std::mutex> guard(live().mutex);
+    uint64_t total = 0;
+    for (const Memory * memory : live().all) {
+        const uint64_t reserved = memory->size_bytes - memory->placed_bytes;
+        // Beside placed weights there is only rounding: not worth asking the kernel about terabytes of reserved space.
+        const uint64_t resident = memory->placed_bytes > 0 ? 0 : resident_bytes(*memory);
+        total += reserved > resident ? reserved - resident : 0;
+    }
+    live().planned_bytes = reserved_locked();
+    return total;
+}
+
+}  // namespace ggml_flea
+
+const uint64_t * ggml_backend_flea_pending_bytes(void) { return &ggml_flea::pending_bytes; }

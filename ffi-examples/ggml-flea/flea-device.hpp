@@ -1,0 +1,217 @@
+// Internal header of the ggml device FLEA.
+//
+//   ggml-flea.cpp    registration, device, backend: what ggml calls first
+//   flea-find.cpp    which file is the model that is being loaded, and which of its tensors are streamed
+//   flea-buffer.cpp  memory: streamed weights stand in flea's windows, everything else is plain anonymous memory
+//   flea-graph.cpp   graph_compute: cut where the layer changes, acquire, compute, release
+//   flea-stats.cpp   counters, FLEA_STATS
+//   flea-env.cpp     FLEA_* variables, log lines
+//
+// Invariant that everything rests on: a weight's bytes are touched only between flea_acquire and flea_release of its
+// layer; a lease never outlives the graph_compute (or get_tensor) that took it.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "flea.h"
+#include "ggml-backend-impl.h"
+#include "ggml-backend.h"
+#include "ggml-flea.h"
+#include "ggml-impl.h"
+#include "ggml.h"
+
+namespace ggml_flea {
+
+// ---- flea-env.cpp
+
+enum class LogLevel { off, error, warn, info, debug };
+
+struct Environment {
+    std::string memory;    // FLEA_MEMORY; empty = automatic
+    std::string model;     // FLEA_MODEL; empty = search
+    std::string stats;     // FLEA_STATS; empty = none
+    std::string endpoint;  // FLEA_ENDPOINT; empty = in this process
+    uint32_t reader = FLEA_READER_AUTO;
+    LogLevel log = LogLevel::warn;
+    std::string error;     // set when a variable has a value that cannot be understood
+};
+
+const Environment & environment();
+
+void log_line(LogLevel level, const char * format, ...) __attribute__((format(printf, 2, 3)));
+
+// Records a failure for FLEA_STATS and ggml_backend_flea_last_failure, and logs it. `what` is one line.
+void fail(int32_t status, const std::string & what, LogLevel level = LogLevel::error);
+// The same with flea's own words for the status it just returned on this thread.
+void fail_flea(int32_t status, const std::string & doing, LogLevel level = LogLevel::error);
+
+// Bytes that a budget in the form of FLEA_MEMORY offers beside the weights; only an estimate for llama.cpp's "fit" pass.
+uint64_t offered_bytes(uint64_t model_bytes, uint64_t smallest_weights_bytes);
+
+// ---- flea-find.cpp
+
+struct Model;
+
+// One streamed tensor, as the catalog describes it. Lives as long as its Model.
+struct Weight {
+    Model * model = nullptr;
+    int32_t layer = -1;
+    int32_t layer_last = -1;
+    uint64_t rows_per_layer = 0;
+    uint64_t bytes = 0;
+    uint64_t file_offset = 0;
+    uint32_t shard = 0;
+    void * data = nullptr;
+    mutable std::atomic<bool> placed { false };  // some tensor of the host stands here
+
+    bool is_cut() const { return layer_last > layer; }
+};
+
+struct Model {
+    flea_model * handle = nullptr;
+    bool owned = true;              // opened, and to be closed, by the device
+    std::string path;               // first shard
+    flea_info info = {};
+    uint64_t largest_layer_bytes = 0;
+    std::vector<int> advice_fds;    // one per shard, for posix_fadvise on what the host's loader reads
+    std::vector<int> own_fds;       // everything flea and we have open of it: in /proc/self/fd, but no sign of a host
+    std::unordered_map<std::string, std::unique_ptr<Weight>> weights;
+    size_t placed_buffers_count = 0;  // live ggml buffers that hold placed weights; guarded by the finder's mutex
+    std::atomic<bool> planned { false };
+    std::atomic<bool> warned { false };  // that layers are missing
+    std::atomic<bool> refused { false };  // that there is no plan; a host tries again with every decode
+    std::mutex hint_mutex;
+    std::vector<uint32_t> last_hint;
+
+    Model() = default;
+    Model(const Model &) = delete;
+    Model & operator=(const Model &) = delete;
+    ~Model();
+};
+
+enum class Match {
+    streamed,  // in the plan of the model that is streamed (or about to be)
+    kept,      // in that model's file, but the host keeps it (rows, globals)
+    other,     // belongs to a file that is not streamed (a second model), so the host has to keep it
+    unknown,   // not a tensor of any open model file
+    refused,   // it is unclear which file it is in, or that file cannot be streamed; the reason has been logged
+};
+
+// Finds a tensor by name, type and size. On `streamed` *weight is set. Any thread.
+Match find_weight(const ggml_tensor * tensor, const Weight ** weight);
+
+// True for names that only weights of a language model have: an unknown one of these is a weight we failed to find.
+bool is_model_weight_name(const char * name);
+// True for any name that looks like a weight of some file.
+bool is_weight_name(const char * name);
+bool is_adapter_name(const char * name);
+
+void model_buffer_placed(Model * model);
+void model_buffer_freed(Model * model);
+int32_t configure(const ggml_flea_config * config);
+bool is_configured();  // a host that has the device compiled in gave the model
+bool loader_skips_streamed();
+flea_model * current_handle();
+// model_bytes and the smallest weight budget (an estimate) of the current model; false when none is known yet.
+bool current_sizes(uint64_t * model_bytes, uint64_t * smallest_bytes);
+// Layers of which the host placed at least one weight on this device.
+uint32_t placed_layers(const Model & model);
+// Called before the first acquire: tells flea what is reserved but untouched.
+void model_before_acquire(Model * model);
+// Called after each acquire: the first one has made the plan.
+void model_acquired(Model * model);
+// What the host's loader just read of a weight: counted, and dropped from the page cache.
+void loader_read(const Weight * weight, uint64_t offset, uint64_t bytes);
+// After loading: everything that is left of the files in the page cache.
+void drop_page_cache(Model * model);
+
+// ---- flea-buffer.cpp
+
+ggml_backend_buffer_type_t buffer_type();
+ggml_backend_buffer_type_t host_buffer_type();
+
+// The streamed weight behind a tensor (through view_src), or NULL.
+const Weight * weight_of(const ggml_tensor * tensor);
+
+uint64_t reserved_bytes();            // live buffers, placed weights left out
+uint64_t reserved_untouched_bytes();  // the part of it without memory
+extern uint64_t pending_bytes;        // what flea reads when it makes the plan
+
+// ---- flea-graph.cpp
+
+// A run of graph nodes computed under one lease.
+struct Step {
+    int begin = 0;
+    int end = 0;
+    Model * model = nullptr;       // NULL: touches no streamed weight
+    int32_t layer = -1;
+    int32_t layer_last = -1;       // > layer: see kind
+    enum Kind { plain, cut, together } kind = plain;
+};
+
+// State of one ggml backend object (a context of the host has its own).
+struct Stream {
+    ggml_backend_t inner = nullptr;  // the CPU backend that computes
+    ggml_threadpool_t threadpool = nullptr;
+    int threads_count = 0;
+    ggml_abort_callback abort_callback = nullptr;
+    void * abort_data = nullptr;
+    std::vector<Step> steps;
+    std::vector<uint32_t> order;
+
+    Stream();
+    ~Stream();
+};
+
+ggml_status graph_compute(Stream & stream, ggml_cgraph * graph);
+
+// A lease on one layer: taken with wait(), given back by the destructor or by release().
+class Lease {
+  public:
+    Lease() = default;
+    ~Lease() { release(); }
+    Lease(const Lease &) = delete;
+    Lease & operator=(const Lease &) = delete;
+
+    // Any lease held before is given back first. Waits as long as it takes; `stream` may be NULL (no abort callback).
+    int32_t take(Model * model, uint32_t layer, const Stream * stream);
+    // One attempt of at most a second: FLEA_OK, FLEA_E_BUSY, FLEA_E_TIMEOUT or an error.
+    int32_t try_take(Model * model, uint32_t layer);
+    void release();
+
+  private:
+    Model * model_ = nullptr;
+    uint32_t layer_ = 0;
+};
+
+// ---- ggml-flea.cpp
+
+ggml_backend_dev_t device();
+ggml_backend_dev_t cpu_device();
+
+// ---- flea-stats.cpp
+
+struct Counters {
+    std::atomic<uint64_t> loader_bytes { 0 };
+    std::atomic<uint64_t> placed_tensors { 0 };
+    std::atomic<uint64_t> placed_bytes { 0 };
+    std::atomic<uint64_t> graphs { 0 };
+    std::atomic<uint64_t> pieces { 0 };
+    std::atomic<uint64_t> peak_memory_bytes { 0 };
+};
+
+extern Counters counters;
+
+void sample_memory();              // updates the peak
+void stats_snapshot(Model * model);  // remembers a model's counters; called before it is closed
+void stats_current();              // the same for the current model, if there is one
+void stats_start();                // registers the writer for the end of the process
+
+}  // namespace ggml_flea

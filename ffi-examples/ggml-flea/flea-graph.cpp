@@ -1,0 +1,269 @@
+// graph_compute: the walk that makes streaming work.
+//
+// The nodes of a graph come in the order of computation, and each weight knows its layer. The graph is cut where the layer
+// changes; each piece is computed by an inner CPU backend while that one layer is leased. Because the whole graph is seen
+// ahead, flea is told the order before it starts. At most one lease is held by a stream at a time (two or more only
+// for a node whose weights lie in several layers), it is given back before the next is taken, and none outlives the call: any
+// number of contexts make progress with three slots.
+
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
+#include "flea-device.hpp"
+
+namespace ggml_flea {
+namespace {
+
+constexpr int64_t wait_ns = 1000000000;  // one attempt; in between the host's abort callback is asked
+constexpr std::chrono::seconds busy_limit { 120 };
+
+bool wants_abort(const Stream * stream) {
+    return stream && stream->abort_callback && stream->abort_callback(stream->abort_data);
+}
+
+// ---- cutting
+
+// rms_norm and the mul after it are one operation for the CPU backend as long as they are in one graph.
+bool is_fused_pair(const ggml_tensor * first, const ggml_tensor * second) {
+    return first->op == GGML_OP_RMS_NORM && second->op == GGML_OP_MUL && (second->src[0] == first || second->src[1] == first);
+}
+
+bool can_cut_rows(const ggml_tensor * node, const Weight * weight) {
+    const ggml_tensor * matrix = node->src[0];
+    return node->op == GGML_OP_MUL_MAT && weight_of(matrix) == weight && matrix->data == weight->data && matrix->ne[2] == 1 &&
+           matrix->ne[3] == 1 && ggml_nbytes(matrix) == weight->bytes;
+}
+
+struct Use {
+    Model * model = nullptr;
+    int32_t layer = -1;
+    int32_t layer_last = -1;
+    Step::Kind kind = Step::plain;
+};
+
+// The layers one node needs. A cut weight as the matrix of MUL_MAT is computed piece by piece; anything else that
+// needs more than one layer gets all of them together.
+Use use_of(const ggml_tensor * node) {
+    Use use;
+    for (int i = 0; i < GGML_MAX_SRC; ++i) {
+        const ggml_tensor * src = node->src[i];
+        const Weight * weight = src ? weight_of(src) : nullptr;
+        if (!weight) { continue; }
+        if (!use.model) {
+            use = { weight->model, weight->layer, weight->layer_last, weight->is_cut() ? Step::together : Step::plain };
+            if (weight->is_cut() && i == 0 && can_cut_rows(node, weight)) { use.kind = Step::cut; }
+            continue;
+        }
+        if (weight->layer == use.layer && weight->layer_last == use.layer_last) { continue; }
+        use.layer = std::min(use.layer, weight->layer);
+        use.layer_last = std::max(use.layer_last, weight->layer_last);
+        use.kind = Step::together;
+    }
+    return use;
+}
+
+void push(std::vector<Step> & steps, int begin, int end, const Use & use) {
+    if (begin < end) { steps.push_back({ begin, end, use.model, use.layer, use.layer_last, use.kind }); }
+}
+
+void cut_graph(ggml_cgraph * graph, std::vector<Step> & steps) {
+    steps.clear();
+    const int count = ggml_graph_n_nodes(graph);
+    int begin = 0;
+    Use piece;
+    for (int i = 0; i < count; ++i) {
+        const ggml_tensor * node = ggml_graph_node(graph, i);
+        const Use use = use_of(node);
+        if (!use.model) { continue; }
+        if (use.kind != Step::plain) {
+            push(steps, begin, i, piece);
+            push(steps, i, i + 1, use);
+            begin = i + 1;
+            piece = Use();
+        } else if (!piece.model) {
+            piece = use;  // nodes before a piece's first weight belong to it
+        } else if (piece.layer != use.layer || piece.model != use.model) {
+            const int cut = i > begin && is_fused_pair(ggml_graph_node(graph, i - 1), node) ? i - 1 : i;
+            push(steps, begin, cut, piece);
+            begin = cut;
+            piece = use;
+        }
+    }
+    push(steps, begin, count, piece);
+}
+
+// ---- hints
+
+void tell_order(Stream & stream) {
+    Model * model = nullptr;
+    stream.order.clear();
+    for (const Step & step : stream.steps) {
+        if (!step.model) { continue; }
+        model = step.model;
+        for (int32_t layer = step.layer; layer <= step.layer_last; ++layer) {
+            if (stream.order.empty() || stream.order.back() != (uint32_t) layer) { stream.order.push_back((uint32_t) layer); }
+        }
+    }
+    if (!model) { return; }
+    model_before_acquire(model);  // the first hint makes the plan as much as the first acquire would
+    std::lock_guard<std::mutex> guard(model->hint_mutex);
+    if (model->last_hint == stream.order) { return; }
+    const int32_t status = flea_hint(model->handle, stream.order.data(), stream.order.size());
+    if (status != FLEA_OK) { log_line(LogLevel::debug, "hint: %s", flea_last_error()); }  // costs waits, never wrong bytes
+    model->last_hint = stream.order;
+}
+
+// ---- computing
+
+ggml_status compute_cut(Stream & stream, ggml_cgraph * graph, const Step & step, Lease & lease, int32_t * status) {
+    ggml_tensor * node = ggml_graph_node(graph, step.begin);
+    const Weight * weight = weight_of(node->src[0]);
+    const int64_t rows = node->src[0]->ne[1];
+    const int64_t rows_per_layer = (int64_t) weight->rows_per_layer;
+    for (int32_t layer = step.layer; layer <= step.layer_last; ++layer) {
+        const int64_t first = (int64_t) (layer - step.layer) * rows_per_layer;
+        const int64_t end = layer == step.layer_last ? rows : std::min(rows, first + rows_per_layer);
+        *status = lease.take(step.model, (uint32_t) layer, &stream);
+        if (*status != FLEA_OK) { return GGML_STATUS_FAILED; }
+
+        // The same operation on a band of rows: strides of the result stay, so each band lands in its place.
+        ggml_tensor matrix = *node->src[0];
+        matrix.data  = (char *) matrix.data + first * (int64_t) matrix.nb[1];
+        matrix.ne[1] = end - first;
+        matrix.nb[2] = matrix.nb[3] = matrix.nb[1] * (size_t) matrix.ne[1];
+        ggml_tensor band = *node;
+        band.data   = (char *) band.data + first * (int64_t) band.nb[0];
+        band.ne[0]  = end - first;
+        band.src[0] = &matrix;
+        ggml_tensor * nodes[] = { &band };
+        ggml_cgraph piece = ggml_graph_view(graph, step.begin, step.end);
+        piece.nodes = nodes;
+        const ggml_status computed = ggml_backend_graph_compute(stream.inner, &piece);
+        counters.pieces++;
+        if (computed != GGML_STATUS_SUCCESS) { return computed; }
+    }
+    return GGML_STATUS_SUCCESS;
+}
+
+// All layers of the step at once, in ascending order. When flea says that the slots cannot all be had, everything is
+// given back before the next try: two streams in here never wait for each other.
+int32_t take_together(const Step & step, const Stream & stream, std::vector<std::unique_ptr<Lease>> & leases) {
+    const auto start = std::chrono::steady_clock::now();
+    for (;;) {
+        int32_t status = FLEA_OK;
+        for (int32_t layer = step.layer; layer <= step.layer_last && status == FLEA_OK; ++layer) {
+            leases.push_back(std::make_unique<Lease>());
+            status = leases.back()->try_take(step.model, (uint32_t) layer);
+        }
+        if (status == FLEA_OK) { return status; }
+        leases.clear();
+        const bool retry = status == FLEA_E_BUSY || status == FLEA_E_TIMEOUT || status == FLEA_E_AGAIN;
+        if (!retry || std::chrono::steady_clock::now() - start > busy_limit) { return status; }
+        if (wants_abort(&stream)) { return FLEA_E_CANCELED; }
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+}
+
+ggml_status compute_together(Stream & stream, ggml_cgraph * graph, const Step & step, int32_t * status) {
+    std::vector<std::unique_ptr<Lease>> leases;
+    *status = take_together(step, stream, leases);
+    if (*status != FLEA_OK) { return GGML_STATUS_FAILED; }
+    ggml_cgraph piece = ggml_graph_view(graph, step.begin, step.end);
+    counters.pieces++;
+    return ggml_backend_graph_compute(stream.inner, &piece);
+}
+
+ggml_status compute_step(Stream & stream, ggml_cgraph * graph, const Step & step, Lease & lease, int32_t * status) {
+    switch (step.kind) {
+        case Step::cut:
+            return compute_cut(stream, graph, step, lease, status);
+        case Step::together:
+            lease.release();
+            return compute_together(stream, graph, step, status);
+        case Step::plain:
+            break;
+    }
+    if (step.model) {
+        *status = lease.take(step.model, (uint32_t) step.layer, &stream);
+        if (*status != FLEA_OK) { return GGML_STATUS_FAILED; }
+    }
+    ggml_cgraph piece = ggml_graph_view(graph, step.begin, step.end);
+    counters.pieces++;
+    return ggml_backend_graph_compute(stream.inner, &piece);
+}
+
+}  // namespace
+
+// ---- leases
+
+int32_t Lease::try_take(Model * model, uint32_t layer) {
+    if (model_ == model && layer_ == layer) { return FLEA_OK; }
+    release();
+    model_before_acquire(model);
+    const int32_t status = flea_acquire(model->handle, layer, nullptr, 0, wait_ns);
+    if (status == FLEA_OK) {
+        model_ = model;
+        layer_ = layer;
+        model_acquired(model);
+    }
+    return status;
+}
+
+int32_t Lease::take(Model * model, uint32_t layer, const Stream * stream) {
+    const auto start = std::chrono::steady_clock::now();
+    for (;;) {
+        const int32_t status = try_take(model, layer);
+        if (status != FLEA_E_TIMEOUT && status != FLEA_E_BUSY) { return status; }
+        if (wants_abort(stream)) { return FLEA_E_CANCELED; }
+        // BUSY while this stream holds nothing: other threads of the host hold every slot, and they do come back.
+        // TIMEOUT: the reader has its own deadline and turns a dead drive into an error.
+        if (status == FLEA_E_BUSY) {
+            if (std::chrono::steady_clock::now() - start > busy_limit) { return status; }
+            std::this_thread::sleep_for(std::chrono::microseconds(200));
+        }
+    }
+}
+
+void Lease::release() {
+    if (!model_) { return; }
+    const int32_t status = flea_release(model_->handle, layer_);
+    if (status != FLEA_OK) { fail_flea(status, "releasing layer " + std::to_string(layer_)); }
+    model_ = nullptr;
+}
+
+// ---- the entry
+
+namespace {
+
+void report(Model & model, int32_t layer, int32_t status) {
+    if (status == FLEA_E_REFUSED || status == FLEA_E_NOMEM) {
+        // No plan: the same words for every decode that the host tries again are said once.
+        fail_flea(status, model.path, model.refused.exchange(true) ? LogLevel::debug : LogLevel::error);
+    } else {
+        fail_flea(status, model.path + ": layer " + std::to_string(layer));
+    }
+}
+
+}  // namespace
+
+ggml_status graph_compute(Stream & stream, ggml_cgraph * graph) {
+    counters.graphs++;
+    cut_graph(graph, stream.steps);
+    tell_order(stream);
+    Lease lease;
+    int32_t status = FLEA_OK;
+    for (const Step & step : stream.steps) {
+        const ggml_status computed = compute_step(stream, graph, step, lease, &status);
+        if (computed == GGML_STATUS_SUCCESS) { continue; }
+        lease.release();
+        if (status == FLEA_E_CANCELED) { return GGML_STATUS_ABORTED; }
+        if (status != FLEA_OK) { report(*step.model, step.layer, status); }
+        return computed;
+    }
+    lease.release();
+    sample_memory();
+    return GGML_STATUS_SUCCESS;
+}
+
+}  // namespace ggml_flea

@@ -1,0 +1,66 @@
+/* The ggml device FLEA, as a program sees it that compiles the device in (`flea run` does).
+ *
+ * Stock llama.cpp binaries need none of this: they load libggml-flea.so through GGML_BACKEND_PATH and the device finds
+ * the model by itself. A program that controls its own loading calls, in this order:
+ *
+ *   1. flea_model_open(path, options with FLEA_OPEN_DEFER_PLAN and host_pending_bytes = ggml_backend_flea_pending_bytes())
+ *   2. ggml_backend_flea_configure(&config with that model)
+ *   3. ggml_backend_register(ggml_backend_flea_reg()), then load the model with all layers on the device FLEA
+ *   4. ... llama_decode ..., free the context, free the llama model
+ *   5. ggml_backend_flea_configure(NULL), flea_model_close(model)
+ */
+#ifndef GGML_FLEA_H
+#define GGML_FLEA_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "flea.h"
+#include "ggml-backend.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(GGML_FLEA_SHARED)
+#define GGML_FLEA_API __attribute__((visibility("default")))
+#else
+#define GGML_FLEA_API
+#endif
+
+typedef struct ggml_flea_config {
+  uint32_t struct_size; /* sizeof(ggml_flea_config) */
+  /* true: the device's memory reports itself as host memory from the start, so that llama.cpp's loader reads straight
+     "into" tensor->data. Only for a loader that never writes there for a streamed tensor (windows are not writable). */
+  bool loader_skips_streamed;
+  /* Already opened by the caller, who closes it after the last llama_model that uses it is freed. With a model given
+     nothing is searched and FLEA_MODEL, FLEA_MEMORY, FLEA_READER and FLEA_ENDPOINT are not read. */
+  flea_model *model;
+} ggml_flea_config;
+
+/* The backend's registration; one static object, never freed. Any thread. */
+GGML_FLEA_API ggml_backend_reg_t ggml_backend_flea_reg(void);
+
+/* Sets what to stream before a model is loaded; NULL forgets it. The struct is copied. Not while a model that uses
+   the device is loaded: returns FLEA_E_BUSY then, else FLEA_OK. */
+GGML_FLEA_API int32_t ggml_backend_flea_configure(const ggml_flea_config *config);
+
+/* For flea_open_options.host_pending_bytes: what the device's own memory (KV cache, compute) has reserved but not touched
+   yet. Written right before the first acquire; the pointer is valid for the life of the program. */
+GGML_FLEA_API const uint64_t *ggml_backend_flea_pending_bytes(void);
+
+/* The model that is streamed now, or NULL. Valid until its llama_model is freed. */
+GGML_FLEA_API flea_model *ggml_backend_flea_model(void);
+
+/* The text of the last failure in the device (graph_compute says only GGML_STATUS_FAILED), and flea's status for it:
+   FLEA_OK when nothing failed. The text is valid until the same thread calls this again. */
+GGML_FLEA_API int32_t ggml_backend_flea_last_failure(const char **text);
+
+/* Bytes the host's loader handed over for streamed weights and that were dropped; 0 where the loader skips them. */
+GGML_FLEA_API uint64_t ggml_backend_flea_loader_bytes(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* GGML_FLEA_H */

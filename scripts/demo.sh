@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# make demo: a real model read from the drive while it computes, the same model in memory, and the drive's line rate.
+#
+# Needs no root. Writes only below target/ and takes its files away again, also when it is interrupted.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+model=assets/fable.gguf
+prompt='Once upon a time'
+target=${CARGO_TARGET_DIR:-target}
+flea=$target/release/flea
+
+say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+[[ -t 1 && -z "${NO_COLOR:-}" ]] || say() { printf '\n%s\n' "$*"; }
+figure() { printf '  %-34s %s\n' "$1" "$2"; }
+json() { jq -r "$2" "$1"; }
+
+scripts/setup.sh --demo
+if [[ ! -x $flea ]]; then
+  echo "demo: building flea; llama.cpp is compiled with it, which takes minutes the first time"
+fi
+cargo build --release --locked --quiet
+
+# Beside the build: /tmp may be memory, which has no line rate to show.
+work=$(mktemp -d "$target/demo.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+trap 'exit 130' INT TERM
+started=$SECONDS
+
+say "1. $model with half of its weights in memory: flea run --memory 50%"
+"$flea" run "$model" -p "$prompt" -n 160 --memory 50%
+
+say "2. The same three times: streamed, resident in flea's pool, and by llama.cpp alone"
+"$flea" run "$model" -p "$prompt" -n 160 --json --memory 50% >"$work/streamed.json"
+"$flea" run "$model" -p "$prompt" -n 160 --json --memory 110% >"$work/resident.json"
+"$flea" run "$model" -p "$prompt" -n 160 --json --no-stream >"$work/alone.json"
+s=$work/streamed.json
+figure 'model' "$(json "$s" '"\(.model_bytes) bytes, \(.resident_bytes) of them resident"')"
+figure 'read from the drive for each token' "$(json "$s" '"\(.streamed_bytes_per_pass) bytes"')"
+figure 'read in all' "$(json "$s" '"\(.bytes_read) bytes by \(.reader), \(if .direct_io then "O_DIRECT" else "buffered" end)"')"
+figure 'leases, and loads behind them' "$(json "$s" '"\(.acquires), \(.loads)"')"
+figure 'tokens per second' "$(for run in streamed resident alone; do json "$work/$run.json" '.tokens_per_second * 10 | round / 10'; done |
+  paste -sd ' ' | awk '{ print $1 " streamed, " $2 " resident, " $3 " llama.cpp alone" }')"
+
+# What makes the comparison worth anything: the streamed run streamed, the others did not.
+json "$s" 'if .streamed_bytes_per_pass > 0 and .resident_bytes < .model_bytes and .loads > 0 then empty else "no" end' | grep -q . &&
+  { echo "demo: FAILED: the first run did not stream" >&2; exit 1; }
+json "$work/resident.json" 'if .streamed_bytes_per_pass == 0 then empty else "no" end' | grep -q . &&
+  { echo "demo: FAILED: the second run was not resident" >&2; exit 1; }
+json "$work/alone.json" 'if .acquires == 0 then empty else "no" end' | grep -q . &&
+  { echo "demo: FAILED: the third run used flea's device" >&2; exit 1; }
+for other in resident alone; do
+  if [[ $(json "$s" '[.token_ids, .logits_hash] | tostring') != $(json "$work/$other.json" '[.token_ids, .logits_hash] | tostring') ]]; then
+    echo "demo: FAILED: the streamed run and the $other one differ" >&2
+    exit 1
+  fi
+done
+echo "  Identical: the same $(json "$s" '.token_ids | length') tokens, and the same logits bit for bit ($(json "$s" .logits_hash))."
+
+say "3. Line rate: a synthetic model of 1 GiB at a tenth of its size, beside the drive itself"
+"$flea" synth --size 1GiB -o "$work/synthetic.gguf" >/dev/null
+# Before and after: drives drift, and a single figure would flatter one of the two.
+"$flea" bench raw "$work/synthetic.gguf" --json >"$work/raw1.json"
+"$flea" bench stream "$work/synthetic.gguf" --memory 10% --passes 3 --json >"$work/stream.json"
+"$flea" bench raw "$work/synthetic.gguf" --json >"$work/raw2.json"
+raw=$(jq -s 'map(.gb_per_second) | max' "$work/raw1.json" "$work/raw2.json")
+stream=$(json "$work/stream.json" .gb_per_second)
+figure 'the drive alone (flea bench raw)' "$(printf '%.2f GB/s' "$raw")"
+figure 'through flea (flea bench stream)' "$(printf '%.2f GB/s' "$stream")"
+figure 'ratio' "$(jq -n "$stream / $raw * 100 | round / 100")"
+figure 'processor time per GB' "$(json "$work/stream.json" '"\(.cpu_seconds_per_gb * 1000 | round) ms"')"
+
+say "Done in $((SECONDS - started)) seconds. Now with a model of yours:  $flea run MODEL.gguf -p TEXT --memory 4GiB"

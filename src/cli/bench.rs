@@ -1,0 +1,345 @@
+//! `flea bench stream` and `flea bench raw`: arguments and report around [`crate::tools::bench_stream`] and the raw
+//! measurement of the drive.
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args as ClapArgs, Subcommand};
+
+use super::bench_raw;
+use super::table::Table;
+use crate::engine::{BudgetSpec, Model, OpenOptions};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{ReaderKind, ReaderOptions};
+use crate::mem::Backing;
+use crate::plan::{Plan, SLOTS_DEFAULT};
+use crate::tools::bench_stream::{self, Outcome};
+use crate::units::{HumanBytes, MemorySpec, PAGE_2M, PAGE_4K};
+
+/// Measure the drive and the streaming of a model
+#[derive(Debug, ClapArgs)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Stream a model without computing: the ceiling of every host
+    Stream(StreamArgs),
+    /// Find the drive's ceiling: the best sequential O_DIRECT read
+    Raw(bench_raw::RawArgs),
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  flea bench stream model.gguf --memory 10% --passes 3
+  flea bench stream model.gguf --memory 2GiB --reader pread --verify --json
+
+The first pass also reads what stays in memory. Nothing is warmed up; with O_DIRECT the page cache plays no part.
+Compare with `flea bench raw`, which measures what the drive can do.";
+
+/// What `flea bench stream` takes.
+#[derive(Debug, ClapArgs)]
+#[command(after_help = EXAMPLES)]
+pub struct StreamArgs {
+    /// GGUF or safetensors file; any shard or the index of a split model
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+
+    /// Everything the process may hold (4GiB, 512M), or the weights in memory as a share of the model (50%)
+    /// [default: what is free]
+    #[arg(long, value_name = "SIZE", env = "FLEA_MEMORY", hide_env_values = true)]
+    pub memory: Option<MemorySpec>,
+
+    /// Walks over all layers
+    #[arg(long, value_name = "N", default_value = "3", value_parser = super::count)]
+    pub passes: u32,
+
+    /// How weights are read
+    #[arg(long, value_name = "READER", env = "FLEA_READER", hide_env_values = true, default_value = "auto", value_parser = reader_parser())]
+    pub reader: ReaderKind,
+
+    /// Where weights live: memory whose pages move, or memory that other processes can map
+    #[arg(long, value_name = "BACKING", default_value = "private", value_parser = backing_parser())]
+    pub backing: Backing,
+
+    /// Length of one read [default: by page size]
+    #[arg(long, value_name = "SIZE", value_parser = super::small_size)]
+    pub request_bytes: Option<u32>,
+
+    /// Reads in flight [default: 8]
+    #[arg(long, value_name = "N", value_parser = super::count)]
+    pub depth: Option<u32>,
+
+    /// Page size, 4KiB or 2MiB [default: by the size of the layers]
+    #[arg(long, value_name = "SIZE", value_parser = page_size)]
+    pub page_bytes: Option<u64>,
+
+    /// Slots of the ring
+    #[arg(long, value_name = "N", default_value_t = SLOTS_DEFAULT, value_parser = super::count)]
+    pub slots: u32,
+
+    /// Walk once more, unmeasured, and hold every byte against a plain read of the file
+    #[arg(long)]
+    pub verify: bool,
+
+    /// Report as one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn reader_parser() -> impl TypedValueParser<Value = ReaderKind> {
+    let kinds = [ReaderKind::Auto, ReaderKind::IoUring, ReaderKind::Pread];
+    PossibleValuesParser::new(kinds.map(ReaderKind::name)).map(move |name| {
+        let named = kinds.into_iter().find(|kind| kind.name() == name);
+        named.unwrap_or_default()
+    })
+}
+
+fn backing_parser() -> impl TypedValueParser<Value = Backing> {
+    PossibleValuesParser::new(["private", "shared"]).map(|name| match name.as_str() {
+        "shared" => Backing::Shared,
+        _ => Backing::Private,
+    })
+}
+
+const fn backing_name(backing: Backing) -> &'static str {
+    match backing {
+        Backing::Private => "private",
+        Backing::Shared => "shared",
+    }
+}
+
+fn page_size(text: &str) -> std::result::Result<u64, String> {
+    match super::size(text)? {
+        bytes @ (PAGE_4K | PAGE_2M) => Ok(bytes),
+        _ => Err(format!(
+            "'{text}' is not a page size; pages are 4KiB or 2MiB"
+        )),
+    }
+}
+
+impl StreamArgs {
+    fn options(&self) -> OpenOptions {
+        OpenOptions {
+            budget: BudgetSpec::Memory(self.memory.unwrap_or(MemorySpec::Auto)),
+            backing: self.backing,
+            reader: ReaderOptions {
+                kind: self.reader,
+                request_bytes: self.request_bytes.unwrap_or(0),
+                depth: self.depth.unwrap_or(0),
+                ..ReaderOptions::default()
+            },
+            slots_count: self.slots,
+            page_bytes: self.page_bytes,
+            ..OpenOptions::default()
+        }
+    }
+}
+
+/// Runs the measurement that was asked for.
+///
+/// # Errors
+/// Those of opening and streaming the model, or of reading the drive.
+pub fn command(args: &Args) -> Result<()> {
+    match &args.what {
+        What::Stream(args) => stream(args),
+        What::Raw(args) => bench_raw::command(args),
+    }
+}
+
+fn stream(args: &StreamArgs) -> Result<()> {
+    let stop = super::stop_on_signal()?;
+    let model = Model::open(&args.model, args.options())?;
+    let outcome = bench_stream::measure(&model, args.passes, &stop)?;
+    for fallback in &outcome.stats.fallbacks {
+        log::warn!("{}", fallback.reason);
+    }
+    let verified_bytes = verify(args, &model, &stop)?;
+    let plan = model
+        .plan()
+        .ok_or_else(|| Error::new(ErrorKind::Internal, "the model was streamed without a plan"))?;
+    if args.json {
+        super::print_json(&json(&model, plan, &outcome, verified_bytes))
+    } else {
+        super::print(&table(&model, plan, &outcome, verified_bytes))
+    }
+}
+
+fn verify(args: &StreamArgs, model: &Model, stop: &AtomicBool) -> Result<Option<u64>> {
+    if !args.verify {
+        return Ok(None);
+    }
+    bench_stream::verify(model, stop).map(Some)
+}
+
+fn json(
+    model: &Model,
+    plan: &Plan,
+    outcome: &Outcome,
+    verified_bytes: Option<u64>,
+) -> serde_json::Value {
+    let stats = &outcome.stats;
+    let budget = model.budget();
+    let fallbacks: Vec<&str> = stats.fallbacks.iter().map(|f| f.kind.name()).collect();
+    let passes: Vec<_> = outcome.passes.iter().map(pass_json).collect();
+    serde_json::json!({
+        "gb_per_second": outcome.gb_per_second(),
+        "cpu_seconds_per_gb": outcome.cpu_seconds_per_gb(),
+        "bytes_read": outcome.bytes_read,
+        "seconds": outcome.seconds,
+        "cpu_seconds": outcome.cpu_seconds,
+        "passes": passes,
+        "layers": model.catalog().layers.len(),
+        "acquires": stats.acquires,
+        "loads": stats.loads,
+        "stalls": stats.stalls,
+        "stall_seconds": stats.stall_ns as f64 / 1e9,
+        "mispredicts": stats.mispredicts,
+        "retries": stats.retries,
+        "model_bytes": model.catalog().model_bytes,
+        "total_bytes": budget.map(|budget| budget.total_bytes),
+        "host_bytes": budget.map(|budget| budget.host_bytes),
+        "weight_budget_bytes": plan.weight_budget_bytes,
+        "resident_bytes": plan.resident_bytes,
+        "ring_bytes": plan.ring_bytes,
+        "streamed_bytes_per_pass": plan.streamed_bytes_per_pass,
+        "peak_memory_bytes": outcome.peak_memory_bytes,
+        "reader": stats.reader.name(),
+        "backing": backing_name(stats.backing),
+        "direct_io": stats.direct_io,
+        "page_bytes": stats.page_bytes,
+        "huge_page_share": stats.huge_page_share,
+        "fallbacks": fallbacks,
+        "verified_bytes": verified_bytes,
+    })
+}
+
+fn pass_json(pass: &bench_stream::Pass) -> serde_json::Value {
+    serde_json::json!({
+        "seconds": pass.seconds,
+        "bytes_read": pass.bytes_read,
+        "gb_per_second": pass.bytes_read as f64 / 1e9 / pass.seconds.max(1e-9),
+    })
+}
+
+fn table(model: &Model, plan: &Plan, outcome: &Outcome, verified_bytes: Option<u64>) -> String {
+    let stats = &outcome.stats;
+    let mut table = Table::fields();
+    table.field(
+        "model",
+        format!(
+            "{} in {} layers",
+            HumanBytes(model.catalog().model_bytes),
+            model.catalog().layers.len()
+        ),
+    );
+    table.field(
+        "weights",
+        format!(
+            "{} resident, {} ring, {} streamed per pass",
+            HumanBytes(plan.resident_bytes),
+            HumanBytes(plan.ring_bytes),
+            HumanBytes(plan.streamed_bytes_per_pass)
+        ),
+    );
+    table.field(
+        "reader",
+        format!(
+            "{}, {}, {} pages, {:.0} % of the pool on huge pages",
+            stats.reader.name(),
+            if stats.direct_io {
+                "O_DIRECT"
+            } else {
+                "buffered"
+            },
+            HumanBytes(stats.page_bytes),
+            100.0 * stats.huge_page_share
+        ),
+    );
+    for (index, pass) in outcome.passes.iter().enumerate() {
+        let rate = pass.bytes_read as f64 / 1e9 / pass.seconds.max(1e-9);
+        table.field(
+            &format!("pass {}", index + 1),
+            format!(
+                "{:.2} s, {}, {rate:.2} GB/s",
+                pass.seconds,
+                HumanBytes(pass.bytes_read)
+            ),
+        );
+    }
+    table.field(
+        "all",
+        format!(
+            "{:.2} GB/s, {:.3} CPU seconds per GB, {} loads, waited {:.2} s of {:.2} s",
+            outcome.gb_per_second(),
+            outcome.cpu_seconds_per_gb(),
+            stats.loads,
+            stats.stall_ns as f64 / 1e9,
+            outcome.seconds
+        ),
+    );
+    table.field("peak memory", HumanBytes(outcome.peak_memory_bytes));
+    if let Some(bytes) = verified_bytes {
+        table.field(
+            "verified",
+            format!("{}, every byte as in the file", HumanBytes(bytes)),
+        );
+    }
+    table.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Program {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn parse(line: &str) -> std::result::Result<StreamArgs, clap::Error> {
+        let words = std::iter::once("bench").chain(line.split(' '));
+        match Program::try_parse_from(words)?.args.what {
+            What::Stream(args) => Ok(args),
+            What::Raw(_) => panic!("{line} is not raw"),
+        }
+    }
+
+    #[test]
+    fn options_reach_the_engine() {
+        let line = "stream m.gguf --memory 10% --reader pread --backing shared --request-bytes 4MiB --depth 2 \
+                    --page-bytes 4KiB --slots 5 --passes 2 --verify --json";
+        let args = parse(line).unwrap();
+        let options = args.options();
+        assert_eq!(
+            options.budget,
+            BudgetSpec::Memory(MemorySpec::Percent(10.0))
+        );
+        assert_eq!(options.reader.kind, ReaderKind::Pread);
+        assert_eq!(
+            (options.reader.request_bytes, options.reader.depth),
+            (4 << 20, 2)
+        );
+        assert_eq!(options.backing, Backing::Shared);
+        assert_eq!((options.page_bytes, options.slots_count), (Some(4096), 5));
+        assert!(args.passes == 2 && args.verify && args.json);
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        for line in [
+            "stream",
+            "stream m.gguf --passes 0",
+            "stream m.gguf --page-bytes 64KiB",
+            "stream m.gguf --reader mmap",
+            "stream m.gguf --memory lots",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+    }
+}

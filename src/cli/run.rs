@@ -1,0 +1,570 @@
+//! `flea run`: text out of a model that does not fit in memory. Parses the command line, shows tokens as they come and
+//! the figures at the end; the work is in [`crate::host`]. Answers go to stdout, everything else to stderr; with
+//! `--json` stdout gets one object on one line and nothing else.
+
+use std::fs::File;
+use std::io::{BufRead, BufWriter, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde::Serialize;
+use signal_hook::flag;
+
+use crate::cli;
+use crate::cli::run::progress::{Loading, Reading};
+use crate::error::{Error, ErrorKind, Result};
+use crate::ffi::types;
+use crate::host::session::prompt_tokens;
+use crate::host::{
+    Chat, End, Figures, Generation, KvType, SampleOptions, Sampler, Session, SessionOptions, Step,
+    StreamOptions, Token, process,
+};
+use crate::units::{GIB, MemorySpec};
+
+mod progress;
+
+/// Set by SIGINT and SIGTERM: stop cleanly.
+static STOP: AtomicBool = AtomicBool::new(false);
+/// A signal ends the process at once: after the first one, and while standard input is waited for.
+static EXIT_AT_ONCE: AtomicBool = AtomicBool::new(false);
+
+/// Generate text from a GGUF model, also one larger than memory
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Without -p, -f and --prompt-tokens the prompt is read from standard input; --chat alone is a conversation.
+--memory bounds everything the process holds: weights, KV cache, compute memory and itself. A percentage means that
+share of the weights, with the rest on top. Left out, it is what is free under every limit, less a margin.")]
+pub struct Args {
+    /// GGUF file; any shard of a split model
+    #[arg(value_name = "MODEL")]
+    model: PathBuf,
+
+    /// The prompt
+    #[arg(short = 'p', long, value_name = "TEXT", conflicts_with_all = ["file", "prompt_tokens"])]
+    prompt: Option<String>,
+
+    /// Read the prompt from a file; - is standard input
+    #[arg(
+        short = 'f',
+        long,
+        value_name = "FILE",
+        conflicts_with = "prompt_tokens"
+    )]
+    file: Option<PathBuf>,
+
+    /// The prompt as token ids: 1,5,9
+    #[arg(
+        long,
+        value_name = "IDS",
+        value_delimiter = ',',
+        num_args = 1,
+        conflicts_with = "chat"
+    )]
+    prompt_tokens: Option<Vec<Token>>,
+
+    /// Tokens to generate; left out, until the text or the context ends
+    #[arg(short = 'n', long = "tokens", value_name = "N")]
+    tokens: Option<usize>,
+
+    /// Memory for the whole process: 4GiB, 4GB, 512M, or a share of the weights, 50%
+    #[arg(long, value_name = "SIZE", env = "FLEA_MEMORY", value_parser = memory)]
+    memory: Option<String>,
+
+    /// Tokens the context holds [default: the model's own, at most 4096]
+    #[arg(long, value_name = "TOKENS", value_parser = cli::count)]
+    ctx: Option<u32>,
+
+    /// Temperature; 0 always takes the likeliest token
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    temp: f32,
+
+    /// Choose among the K likeliest tokens only; 0 = all
+    #[arg(long, value_name = "K", default_value_t = 40)]
+    top_k: i32,
+
+    /// Choose among the likeliest tokens that make up this share
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    top_p: f32,
+
+    /// Seed of the dice
+    #[arg(long, value_name = "SEED", default_value_t = 1)]
+    seed: u32,
+
+    /// Computing threads [default: one per core]
+    #[arg(short = 't', long, value_name = "N", value_parser = cli::count)]
+    threads: Option<u32>,
+
+    /// Prompt tokens computed in one pass over the weights
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = cli::count)]
+    ubatch: u32,
+
+    /// Numbers of the KV cache: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = KvType::from_str)]
+    kv_type: KvType,
+
+    /// Write the raw f32 logits, one row per generated token
+    #[arg(long, value_name = "FILE")]
+    logits: Option<PathBuf>,
+
+    /// One JSON object on standard output, and nothing else there
+    #[arg(long)]
+    json: bool,
+
+    /// Never choose a token that ends the text
+    #[arg(long)]
+    ignore_eos: bool,
+
+    /// Use the model's chat template; without a prompt, hold a conversation
+    #[arg(long)]
+    chat: bool,
+
+    /// llama.cpp's CPU backend alone: weights mapped by llama.cpp, no budget
+    #[arg(long)]
+    no_stream: bool,
+
+    #[command(flatten)]
+    streaming: StreamingArgs,
+}
+
+/// How weights are moved; the defaults are what was measured to be best.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Streaming")]
+struct StreamingArgs {
+    /// What moves the weights: auto, io_uring, pread
+    #[arg(long, value_name = "READER", default_value = "auto", env = "FLEA_READER", value_parser = reader)]
+    reader: u32,
+
+    /// What slots are made of: private, shared
+    #[arg(long, value_name = "BACKING", default_value = "private", value_parser = backing)]
+    backing: u32,
+
+    /// Slots of the ring, 2 to 64 [default: 3]
+    #[arg(long, value_name = "N", value_parser = cli::count)]
+    slots: Option<u32>,
+
+    /// Page size: 4KiB, 2MiB [default: by the size of a layer]
+    #[arg(long, value_name = "SIZE", value_parser = cli::small_size)]
+    page_bytes: Option<u32>,
+
+    /// Bytes of one read [default: by the page size]
+    #[arg(long, value_name = "SIZE", value_parser = cli::small_size)]
+    request_bytes: Option<u32>,
+
+    /// Reads in flight [default: 8]
+    #[arg(long, value_name = "N", value_parser = cli::count)]
+    depth: Option<u32>,
+}
+
+/// Checks a memory size early; the engine takes the text.
+fn memory(text: &str) -> std::result::Result<String, String> {
+    text.parse::<MemorySpec>().map(|_| text.to_owned())
+}
+
+fn reader(text: &str) -> std::result::Result<u32, String> {
+    match text {
+        "auto" => Ok(types::FLEA_READER_AUTO),
+        "io_uring" => Ok(types::FLEA_READER_IO_URING),
+        "pread" => Ok(types::FLEA_READER_PREAD),
+        _ => Err(format!(
+            "'{text}' is not a reader; it is auto, io_uring or pread"
+        )),
+    }
+}
+
+fn backing(text: &str) -> std::result::Result<u32, String> {
+    match text {
+        "private" => Ok(types::FLEA_BACKING_PRIVATE),
+        "shared" => Ok(types::FLEA_BACKING_SHARED),
+        _ => Err(format!(
+            "'{text}' is not a backing; it is private or shared"
+        )),
+    }
+}
+
+/// The answer of `--json`.
+#[derive(Debug, Serialize)]
+struct Answer<'a> {
+    text: &'a str,
+    token_ids: &'a [Token],
+    end: &'static str,
+    prompt_tokens: usize,
+    tokens_per_second: f64,
+    prompt_tokens_per_second: f64,
+    seconds_to_first_token: Option<f64>,
+    model_bytes: u64,
+    total_bytes: Option<u64>,
+    host_bytes: Option<u64>,
+    weight_budget_bytes: Option<u64>,
+    resident_bytes: Option<u64>,
+    streamed_bytes_per_pass: Option<u64>,
+    loader_bytes: u64,
+    logits_hash: &'a str,
+    fallbacks: &'a [&'static str],
+    bytes_read: u64,
+    read_gb_per_second: f64,
+    stall_seconds: f64,
+    acquires: u64,
+    loads: u64,
+    reader: &'static str,
+    direct_io: bool,
+    page_bytes: u64,
+    huge_page_share: f64,
+    peak_memory_bytes: u64,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// What [`Session`] says, or a file or stdout that cannot be used.
+pub fn command(args: &Args) -> Result<ExitCode> {
+    process::tune_allocator();
+    catch_signals()?;
+    if args.no_stream && args.memory.is_some() {
+        log::warn!("--memory bounds nothing with --no-stream: llama.cpp maps the whole model");
+    }
+    // Read before the model is loaded: a missing prompt should not take a minute to be noticed.
+    let prompt = Prompt::read(args)?;
+    let mut rows = args.logits.as_deref().map(LogitsFile::create).transpose()?;
+
+    let mut loading = Loading::start(args.json);
+    let mut session = Session::open(&session_options(args), &mut |share| {
+        loading.show(share);
+        !STOP.load(Ordering::Relaxed)
+    })?;
+    loading.finish();
+
+    let mut sampler = Sampler::new(session.model(), &sample_options(args))?;
+    let outcome = match prompt {
+        Prompt::Conversation => converse(&mut session, &mut sampler, args),
+        Prompt::Text(text) => {
+            let tokens = text_tokens(&session, &text, args.chat)?;
+            answer(&mut session, &mut sampler, &tokens, args, rows.as_mut())
+        }
+        Prompt::Tokens(tokens) => answer(&mut session, &mut sampler, &tokens, args, rows.as_mut()),
+    };
+    if let Some(rows) = rows {
+        rows.finish()?;
+    }
+    outcome
+}
+
+/// The first signal asks for a clean stop, the second ends the process at once.
+fn catch_signals() -> Result<()> {
+    let register = |signal| {
+        // In this order: the first signal must not see the flag that it sets itself.
+        let exit_code = i32::from(ErrorKind::Canceled.exit_code());
+        flag::register_conditional_shutdown(signal, exit_code, &EXIT_AT_ONCE)?;
+        flag::register(signal, &STOP)?;
+        flag::register(signal, &EXIT_AT_ONCE)
+    };
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        register(signal).map_err(|error| Error::from_io(&error, "catch SIGINT and SIGTERM"))?;
+    }
+    Ok(())
+}
+
+/// Waits for standard input: a signal has nothing to stop cleanly then, and must not be held up by the wait.
+fn from_stdin<T>(
+    read: impl FnOnce(std::io::StdinLock<'static>) -> std::io::Result<T>,
+) -> Result<T> {
+    EXIT_AT_ONCE.store(true, Ordering::SeqCst);
+    let got = read(std::io::stdin().lock());
+    EXIT_AT_ONCE.store(STOP.load(Ordering::SeqCst), Ordering::SeqCst);
+    got.map_err(|error| Error::from_io(&error, "read standard input"))
+}
+
+/// Where the prompt comes from.
+#[derive(Debug)]
+enum Prompt {
+    Text(String),
+    Tokens(Vec<Token>),
+    Conversation,
+}
+
+impl Prompt {
+    fn read(args: &Args) -> Result<Self> {
+        if let Some(tokens) = &args.prompt_tokens {
+            return Ok(Self::Tokens(tokens.clone()));
+        }
+        if let Some(text) = &args.prompt {
+            return Ok(Self::Text(text.clone()));
+        }
+        match args.file.as_deref() {
+            Some(path) if path != Path::new("-") => {
+                let text = std::fs::read_to_string(path).map_err(|error| {
+                    Error::from_io(
+                        &error,
+                        format_args!("read the prompt from {}", path.display()),
+                    )
+                })?;
+                Ok(Self::Text(without_last_newline(text)))
+            }
+            None if args.chat && !args.json => Ok(Self::Conversation),
+            None if std::io::stdin().is_terminal() => Err(Error::new(
+                ErrorKind::Invalid,
+                "no prompt; give one with -p TEXT, -f FILE or on standard input, or --chat for a conversation",
+            )),
+            _ => {
+                let text = from_stdin(std::io::read_to_string)?;
+                Ok(Self::Text(without_last_newline(text)))
+            }
+        }
+    }
+}
+
+/// A file ends with a newline that is not part of the prompt; llama.cpp's own programs take it off as well.
+fn without_last_newline(mut text: String) -> String {
+    if text.ends_with('\n') {
+        text.pop();
+    }
+    text
+}
+
+fn session_options(args: &Args) -> SessionOptions {
+    let streaming = &args.streaming;
+    SessionOptions {
+        path: args.model.clone(),
+        stream: (!args.no_stream).then(|| StreamOptions {
+            memory: args.memory.clone(),
+            backing: streaming.backing,
+            reader: streaming.reader,
+            slots_count: streaming.slots.unwrap_or(0),
+            page_bytes: streaming.page_bytes.unwrap_or(0),
+            request_bytes: streaming.request_bytes.unwrap_or(0),
+            depth: streaming.depth.unwrap_or(0),
+        }),
+        context_tokens: args.ctx,
+        ubatch_tokens: args.ubatch,
+        threads_count: args.threads,
+        kv_type: args.kv_type,
+        stop: &STOP,
+    }
+}
+
+fn sample_options(args: &Args) -> SampleOptions {
+    SampleOptions {
+        temperature: args.temp,
+        top_k: args.top_k,
+        top_p: args.top_p,
+        seed: args.seed,
+        ignore_end: args.ignore_eos,
+    }
+}
+
+fn text_tokens(session: &Session, text: &str, chat: bool) -> Result<Vec<Token>> {
+    if chat {
+        let text = Chat::new(session.model())?.ask(text)?;
+        prompt_tokens(session.model(), &text, true)
+    } else {
+        prompt_tokens(session.model(), text, true)
+    }
+}
+
+/// One prompt, one answer.
+fn answer(
+    session: &mut Session,
+    sampler: &mut Sampler,
+    tokens: &[Token],
+    args: &Args,
+    mut rows: Option<&mut LogitsFile>,
+) -> Result<ExitCode> {
+    let mut reading = Reading::start(session.monitor(), args.json);
+    let generation = session.generate(tokens, args.tokens, sampler, &mut |step| match step {
+        Step::Row(row) => {
+            reading.finish();
+            rows.as_mut().map_or(Ok(()), |rows| rows.write(row))
+        }
+        Step::Text(_) if args.json => Ok(()),
+        Step::Text(text) => cli::print(text),
+    });
+    reading.finish();
+    let generation = generation?;
+    let figures = session.figures()?;
+    if args.json {
+        print_answer(session, &generation, &figures)?;
+    } else {
+        cli::print("\n")?;
+    }
+    say_summary(&generation, &figures);
+    Ok(exit_code(&generation))
+}
+
+/// Question and answer until the input ends.
+fn converse(session: &mut Session, sampler: &mut Sampler, args: &Args) -> Result<ExitCode> {
+    let mut chat = Chat::new(session.model())?;
+    let interactive = std::io::stdin().is_terminal();
+    let mut first = true;
+    loop {
+        if interactive {
+            cli::print("> ")?;
+        }
+        let mut question = String::new();
+        if from_stdin(|mut input| input.read_line(&mut question))? == 0 {
+            return Ok(ExitCode::SUCCESS);
+        }
+        if question.trim().is_empty() {
+            continue;
+        }
+        let text = chat.ask(&question)?;
+        let tokens = prompt_tokens(session.model(), &text, first)?;
+        first = false;
+        let mut reading = Reading::start(session.monitor(), false);
+        let generation = session.generate(&tokens, args.tokens, sampler, &mut |step| match step {
+            Step::Row(_) => {
+                reading.finish();
+                Ok(())
+            }
+            Step::Text(text) => cli::print(text),
+        });
+        reading.finish();
+        let generation = generation?;
+        cli::print("\n")?;
+        say_summary(&generation, &session.figures()?);
+        match generation.end {
+            End::Stopped => return Ok(exit_code(&generation)),
+            End::ContextFull => {
+                log::warn!(
+                    "the context of {} tokens is full; give a larger --ctx",
+                    session.context_tokens()
+                );
+                return Ok(ExitCode::SUCCESS);
+            }
+            End::Limit | End::Text => chat.answered(&generation.text)?,
+        }
+    }
+}
+
+fn exit_code(generation: &Generation) -> ExitCode {
+    if generation.end == End::Stopped {
+        ExitCode::from(ErrorKind::Canceled.exit_code())
+    } else {
+        ExitCode::SUCCESS
+    }
+}
+
+fn per_second(count: usize, seconds: f64) -> f64 {
+    if count > 0 && seconds > 0.0 {
+        count as f64 / seconds
+    } else {
+        0.0
+    }
+}
+
+/// Passes over the layers after the prompt: the first token comes out of the prompt's own.
+fn decode_passes(generation: &Generation) -> usize {
+    generation.tokens.len().saturating_sub(1)
+}
+
+fn print_answer(session: &Session, generation: &Generation, figures: &Figures) -> Result<()> {
+    cli::print_json(&Answer {
+        text: &generation.text,
+        token_ids: &generation.tokens,
+        end: match generation.end {
+            End::Limit => "limit",
+            End::Text => "end_of_text",
+            End::ContextFull => "context_full",
+            End::Stopped => "interrupted",
+        },
+        prompt_tokens: generation.prompt_tokens_count,
+        tokens_per_second: per_second(decode_passes(generation), generation.decode_seconds),
+        prompt_tokens_per_second: per_second(
+            generation.prompt_tokens_count,
+            generation.prompt_seconds,
+        ),
+        seconds_to_first_token: generation.first_token_seconds,
+        model_bytes: figures.model_bytes,
+        total_bytes: figures.total_bytes,
+        host_bytes: figures.host_bytes,
+        weight_budget_bytes: figures.weight_budget_bytes,
+        resident_bytes: figures.resident_bytes,
+        streamed_bytes_per_pass: figures.streamed_bytes_per_pass,
+        loader_bytes: figures.loader_bytes,
+        logits_hash: &session.logits_hash(),
+        fallbacks: &figures.fallbacks,
+        bytes_read: figures.bytes_read,
+        read_gb_per_second: gigabytes_per_second(figures),
+        stall_seconds: figures.stall_seconds,
+        acquires: figures.acquires,
+        loads: figures.loads,
+        reader: figures.reader,
+        direct_io: figures.direct_io,
+        page_bytes: figures.page_bytes,
+        huge_page_share: figures.huge_page_share,
+        peak_memory_bytes: figures.peak_memory_bytes,
+    })
+}
+
+fn gigabytes_per_second(figures: &Figures) -> f64 {
+    if figures.read_seconds > 0.0 {
+        figures.bytes_read as f64 / 1e9 / figures.read_seconds
+    } else {
+        0.0
+    }
+}
+
+/// The last line on stderr.
+fn say_summary(generation: &Generation, figures: &Figures) {
+    let tokens = per_second(decode_passes(generation), generation.decode_seconds);
+    let mut line = format!("{} tokens, {tokens:.2} tokens/s", generation.tokens.len());
+    if let Some(resident_bytes) = figures.resident_bytes {
+        let resident = share(resident_bytes as f64, figures.model_bytes as f64);
+        let seconds = generation.prompt_seconds + generation.decode_seconds;
+        line += &format!(
+            ", {:.2} GB/s streamed, {resident:.0} % resident ({:.2} of {:.2} GiB), stalled {:.0} % of the time",
+            gigabytes_per_second(figures),
+            resident_bytes as f64 / GIB as f64,
+            figures.model_bytes as f64 / GIB as f64,
+            share(figures.stall_seconds, seconds),
+        );
+    } else {
+        line += ", not streamed";
+    }
+    if !figures.fallbacks.is_empty() {
+        line += &format!(", fallbacks: {}", figures.fallbacks.join(", "));
+    }
+    // Nobody is left to tell when stderr is gone.
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// `part` of `whole` in percent, at most 100: pages round up.
+fn share(part: f64, whole: f64) -> f64 {
+    if whole > 0.0 {
+        (part / whole * 100.0).min(100.0)
+    } else {
+        0.0
+    }
+}
+
+/// The file of `--logits`.
+#[derive(Debug)]
+struct LogitsFile {
+    path: PathBuf,
+    file: BufWriter<File>,
+}
+
+impl LogitsFile {
+    fn create(path: &Path) -> Result<Self> {
+        let file = File::create(path)
+            .map_err(|error| Error::from_io(&error, format_args!("create {}", path.display())))?;
+        Ok(Self {
+            path: path.to_owned(),
+            file: BufWriter::new(file),
+        })
+    }
+
+    fn write(&mut self, row: &[f32]) -> Result<()> {
+        self.file
+            .write_all(bytemuck::cast_slice(row))
+            .map_err(|error| self.failed(&error))
+    }
+
+    fn finish(mut self) -> Result<()> {
+        self.file.flush().map_err(|error| self.failed(&error))
+    }
+
+    fn failed(&self, error: &std::io::Error) -> Error {
+        Error::from_io(error, format_args!("write {}", self.path.display()))
+    }
+}

@@ -1,0 +1,18 @@
+//! The engine: ties plan, pool and reader together. `file -> catalog -> plan -> reader -> pool -> **lease** -> host`.
+//!
+//! * [`open`]: path to catalog. * [`model`]: what a host holds. * `layout`: what there is to fetch.
+//! * `order`: what comes next. * `state`: who holds what. * `stream`: the one thread that moves bytes.
+
+mod layout;
+pub mod model;
+pub mod open;
+mod order;
+mod placement;
+mod state;
+pub mod stats;
+mod stream;
+
+pub use model::{BudgetSpec, Model, OpenOptions};
+pub use open::read_catalog;
+pub use state::LEASES_MAX;
+pub use stats::{BudgetReport, Fallback, FallbackKind, Stats};

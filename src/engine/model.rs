@@ -1,0 +1,634 @@
+//! A model that is open: the one public heart of the crate.
+//!
+//! Opening reads headers and reserves windows. The plan is made at open, or (`defer_plan`) at the first acquire, when
+//! the host's own memory is known; with it the pool is allocated and the stream starts. From then on a host acquires
+//! a layer, computes with the weights at their constant addresses, and releases it.
+
+use super::layout::{Layout, Spans};
+use super::open::read_catalog;
+use super::placement;
+use super::state::{Need, State};
+use super::stats::{BudgetReport, Fallback, FallbackKind, Stats};
+use super::stream::{self, Core, Started};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{Counters, ReaderOptions, ShardFile, default_request_bytes};
+use crate::mem::{Backing, Pool, PoolOptions, Windows, limits};
+use crate::model::Catalog;
+use crate::plan::{self, Plan, PlanOptions, budget};
+use crate::units::MemorySpec;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// What bounds the memory of a model.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum BudgetSpec {
+    /// Weights may take this many bytes; the host looks after the rest itself.
+    Pool(u64),
+    /// The whole process may take this much.
+    Memory(MemorySpec),
+}
+
+/// How to open a model. The default takes all memory that is free and 3 slots.
+#[derive(Debug, Clone)]
+pub struct OpenOptions {
+    /// What bounds the memory.
+    pub budget: BudgetSpec,
+    /// Plan at the first acquire instead of at open.
+    pub defer_plan: bool,
+    /// Where the weights live.
+    pub backing: Backing,
+    /// How they are read.
+    pub reader: ReaderOptions,
+    /// Slots of the ring.
+    pub slots_count: u32,
+    /// Page size; `None` chooses by the size of the layers.
+    pub page_bytes: Option<u64>,
+    /// Bytes the host has reserved but not touched yet; read once, when the plan is made.
+    pub host_pending_bytes: Arc<AtomicU64>,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self {
+            budget: BudgetSpec::Memory(MemorySpec::Auto),
+            defer_plan: false,
+            backing: Backing::Private,
+            reader: ReaderOptions::default(),
+            slots_count: plan::SLOTS_DEFAULT,
+            page_bytes: None,
+            host_pending_bytes: Arc::default(),
+        }
+    }
+}
+
+/// What exists once the plan is made.
+#[derive(Debug)]
+struct Running {
+    plan: Plan,
+    budget: BudgetReport,
+    core: Arc<Core>,
+    started: Started,
+    not_bound: Option<Fallback>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// A model that is open.
+#[derive(Debug)]
+pub struct Model {
+    // Dropped first: it ends the stream, which uses files and windows.
+    running: OnceLock<Running>,
+    starting: Mutex<()>,
+    catalog: Arc<Catalog>,
+    files: Arc<[ShardFile]>,
+    windows: Arc<Windows>,
+    spans: Spans,
+    options: OpenOptions,
+    page_bytes: u64,
+}
+
+impl Model {
+    /// Opens the model at `path` (see [`read_catalog`] for what may stand there).
+    ///
+    /// # Errors
+    /// Those of [`read_catalog`]; `Refused` with the arithmetic when the budget is too small (unless the plan is
+    /// deferred: then the first acquire says so); `NoMemory` when the system does not give what was planned.
+    pub fn open(path: &Path, options: OpenOptions) -> Result<Self> {
+        let (catalog, files) = read_catalog(path)?;
+        Self::from_parts(catalog, files, options)
+    }
+
+    /// [`Model::open`] for a catalog and shards that are at hand.
+    ///
+    /// # Errors
+    /// Those of [`Model::open`].
+    pub fn from_parts(
+        catalog: Catalog,
+        files: Vec<ShardFile>,
+        options: OpenOptions,
+    ) -> Result<Self> {
+        if catalog.layers.is_empty() {
+            let context = format!(
+                "{}: no layers in this model, nothing to stream",
+                catalog.shards[0].path.display()
+            );
+            return Err(Error::new(ErrorKind::Unsupported, context));
+        }
+        let lens: Vec<u64> = catalog.shards.iter().map(|shard| shard.len_bytes).collect();
+        let model = Self {
+            running: OnceLock::new(),
+            starting: Mutex::new(()),
+            windows: Arc::new(Windows::reserve(&lens)?),
+            spans: Spans::new(&catalog),
+            page_bytes: options
+                .page_bytes
+                .unwrap_or_else(|| plan::default_page_bytes(&catalog)),
+            catalog: Arc::new(catalog),
+            files: files.into(),
+            options,
+        };
+        if !model.options.defer_plan {
+            model.running()?;
+        }
+        Ok(model)
+    }
+
+    /// What is in the files.
+    #[must_use]
+    pub fn catalog(&self) -> &Catalog {
+        &self.catalog
+    }
+
+    /// The plan, once it is made.
+    #[must_use]
+    pub fn plan(&self) -> Option<&Plan> {
+        self.running.get().map(|running| &running.plan)
+    }
+
+    /// The budget the plan was made for.
+    #[must_use]
+    pub fn budget(&self) -> Option<BudgetReport> {
+        self.running.get().map(|running| running.budget)
+    }
+
+    /// The page size of the plan.
+    #[must_use]
+    pub fn page_bytes(&self) -> u64 {
+        self.page_bytes
+    }
+
+    /// How many slots the ring has, or will have.
+    #[must_use]
+    pub fn slots_count(&self) -> u32 {
+        self.plan()
+            .map_or(self.options.slots_count, |plan| plan.slots_count)
+    }
+
+    /// The backing asked for.
+    #[must_use]
+    pub fn backing(&self) -> Backing {
+        self.options.backing
+    }
+
+    /// The constant address of byte `offset_bytes` of a shard. Readable only under a lease of its layer.
+    #[must_use]
+    pub fn address(&self, shard_index: u32, offset_bytes: u64) -> *const u8 {
+        self.windows.address(shard_index, offset_bytes).cast_const()
+    }
+
+    /// The layer that the weight byte at `address` belongs to. Lock-free.
+    #[must_use]
+    pub fn layer_of(&self, address: usize) -> Option<u32> {
+        let (shard_index, offset_bytes) = self.windows.locate(address)?;
+        self.spans.layer_at(shard_index, offset_bytes)
+    }
+
+    /// Waits until a layer (or only `range`, an address and a length in its window) is in memory, and keeps it there
+    /// until [`Model::release`]. Counted: as many releases as acquires. `timeout`: `None` for ever, zero to try.
+    ///
+    /// # Errors
+    /// `Invalid` for a layer or range that is not there; `Again` and `Timeout` when it is not ready in time; `Busy`
+    /// when this thread itself holds what it would wait for; `Refused` when a deferred plan does not fit; and what the
+    /// drive said: `Io`, `Truncated`, `Changed`. After an error the next acquire reads again.
+    pub fn acquire(
+        &self,
+        layer: u32,
+        range: Option<(usize, usize)>,
+        timeout: Option<Duration>,
+    ) -> Result<()> {
+        let need = self.need(layer, range)?;
+        let running = self.running()?;
+        let thread = thread_id();
+        let mut state = running.core.state();
+        if state.ready(layer, need) || skip_the_wait() {
+            return state.lease(layer, thread);
+        }
+        wait(running, state, layer, need, timeout, thread)
+    }
+
+    /// Gives a lease back. May be called on another thread than the acquire.
+    ///
+    /// # Errors
+    /// `Invalid` when the layer is not acquired.
+    pub fn release(&self, layer: u32) -> Result<()> {
+        self.check_layer(layer)?;
+        let running = self.running.get().ok_or_else(|| {
+            Error::new(
+                ErrorKind::Invalid,
+                format!("layer {layer} is released but nothing was ever acquired"),
+            )
+        })?;
+        let wake = {
+            let mut state = running.core.state();
+            state.release(layer, thread_id())?;
+            std::mem::take(&mut state.hungry)
+        };
+        if wake {
+            running.started.waker.wake();
+        }
+        Ok(())
+    }
+
+    /// Says which layers will be acquired next, in order. Overrides what was learned, once.
+    ///
+    /// # Errors
+    /// `Invalid` for a layer that is not there; those of a deferred plan.
+    pub fn hint(&self, layers: &[u32]) -> Result<()> {
+        for layer in layers {
+            self.check_layer(*layer)?;
+        }
+        let running = self.running()?;
+        let wake = {
+            let mut state = running.core.state();
+            state.hint(layers);
+            std::mem::take(&mut state.hungry)
+        };
+        if wake {
+            running.started.waker.wake();
+        }
+        Ok(())
+    }
+
+    /// Counters so far; all zero before the plan is made.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let mut stats = Stats {
+            reader: self.options.reader.kind,
+            backing: self.options.backing,
+            direct_io: self.files.iter().all(|file| file.direct().is_direct()),
+            fallbacks: self.buffered_shards(),
+            acquires: 0,
+            releases: 0,
+            loads: 0,
+            bytes_read: 0,
+            reads: 0,
+            retries: 0,
+            stalls: 0,
+            stall_ns: 0,
+            read_ns: 0,
+            mispredicts: 0,
+            resident_bytes: 0,
+            page_bytes: self.page_bytes,
+            huge_page_share: 0.0,
+        };
+        if let Some(running) = self.running.get() {
+            running.add_to(&mut stats);
+        }
+        stats
+    }
+
+    fn buffered_shards(&self) -> Vec<Fallback> {
+        let shards = self.files.iter().filter_map(|file| {
+            let reason = file.direct().fallback()?;
+            let reason = format!("{}: {reason}", file.path().display());
+            Some(Fallback {
+                kind: FallbackKind::Buffered,
+                reason,
+            })
+        });
+        shards.collect()
+    }
+
+    fn check_layer(&self, layer: u32) -> Result<()> {
+        let count = self.catalog.layers.len();
+        if (layer as usize) < count {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Invalid,
+            format!("layer {layer} does not exist, the model has {count} layers"),
+        ))
+    }
+
+    fn need(&self, layer: u32, range: Option<(usize, usize)>) -> Result<Need> {
+        self.check_layer(layer)?;
+        let Some((address, len)) = range else {
+            return Ok(Need::Whole);
+        };
+        let invalid = || {
+            Error::new(
+                ErrorKind::Invalid,
+                format!("{len} bytes at {address:#x} are not in layer {layer}"),
+            )
+        };
+        let (shard_index, start_bytes) = self.windows.locate(address).ok_or_else(invalid)?;
+        let end_bytes = start_bytes.checked_add(len as u64).ok_or_else(invalid)?;
+        let inside = self.catalog.layers[layer as usize]
+            .extents
+            .iter()
+            .any(|extent| {
+                extent.shard_index == shard_index
+                    && extent.offset_bytes <= start_bytes
+                    && end_bytes <= extent.end_bytes()
+            });
+        if inside && len > 0 {
+            Ok(Need::Bytes {
+                shard_index,
+                start_bytes,
+                end_bytes,
+            })
+        } else {
+            Err(invalid())
+        }
+    }
+
+    /// The running part; makes the plan and starts the stream the first time.
+    fn running(&self) -> Result<&Running> {
+        if let Some(running) = self.running.get() {
+            return Ok(running);
+        }
+        let _one_at_a_time = self.starting.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(running) = self.running.get() {
+            return Ok(running);
+        }
+        let running = self.start()?;
+        Ok(self.running.get_or_init(|| running))
+    }
+
+    fn start(&self) -> Result<Running> {
+        let (plan, budget) = self.make_plan()?;
+        log::info!(
+            "plan: resident_bytes={} streamed_bytes_per_pass={} ring_bytes={} page_bytes={} total_bytes={} host_bytes={}",
+            plan.resident_bytes,
+            plan.streamed_bytes_per_pass,
+            plan.ring_bytes,
+            plan.page_bytes,
+            budget.total_bytes,
+            budget.host_bytes
+        );
+        let (binding, not_bound) = placement::of_drive(&self.files[0]);
+        let pool_options = PoolOptions {
+            binding: binding.clone(),
+            cancel: None,
+        };
+        let pool = Pool::new(
+            Arc::clone(&self.windows),
+            &plan,
+            self.options.backing,
+            &pool_options,
+        )?;
+        let fixed_slots = self.options.backing == Backing::Shared;
+        let reader = self.reader_options(&plan);
+        let request_bytes = u64::from(reader.request_bytes);
+        let layout = Arc::new(Layout::new(
+            &self.catalog,
+            &plan,
+            request_bytes,
+            pool.slots_count(),
+            fixed_slots,
+        ));
+        let core = Arc::new(Core {
+            state: Mutex::new(State::new(Arc::clone(&layout))),
+            changed: Condvar::new(),
+            pool: Mutex::new(pool),
+            counters: Mutex::new(Counters::default()),
+            stop: AtomicBool::new(false),
+        });
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let (thread_core, files) = (Arc::clone(&core), Arc::clone(&self.files));
+        let thread = std::thread::Builder::new()
+            .name("flea-stream".to_owned())
+            .spawn(move || {
+                if let Some(binding) = binding
+                    && let Err(error) = binding.topology.pin_thread(binding.node_index)
+                {
+                    log::warn!("the stream's thread is not pinned to its drive's node: {error}");
+                }
+                stream::run(&thread_core, &layout, &files, &reader, &sender);
+            })
+            .map_err(|error| Error::from_io(&error, "start the stream's thread"))?;
+        let started = receiver.recv().map_err(|_| {
+            Error::new(
+                ErrorKind::Internal,
+                "the stream's thread ended before it began",
+            )
+        })??;
+        Ok(Running {
+            plan,
+            budget,
+            core,
+            started,
+            not_bound,
+            thread: Some(thread),
+        })
+    }
+
+    /// The reader's options with every default filled in.
+    fn reader_options(&self, plan: &Plan) -> ReaderOptions {
+        let mut reader = self.options.reader.clone();
+        reader.page_bytes = plan.page_bytes;
+        if reader.request_bytes == 0 {
+            reader.request_bytes = default_request_bytes(plan.page_bytes);
+        }
+        reader
+    }
+
+    fn make_plan(&self) -> Result<(Plan, BudgetReport)> {
+        let process_bytes = limits::process_memory_bytes()?;
+        let pending_bytes = self.options.host_pending_bytes.load(Ordering::Acquire);
+        let host_bytes = process_bytes
+            .saturating_add(pending_bytes)
+            .saturating_add(budget::HOST_RESERVE_BYTES);
+        let options = PlanOptions {
+            slots_count: self.options.slots_count,
+            page_bytes: self.page_bytes,
+        };
+        match self.options.budget {
+            BudgetSpec::Pool(bytes) => {
+                let total_bytes = host_bytes.saturating_add(bytes);
+                let report = BudgetReport {
+                    total_bytes,
+                    host_bytes,
+                    weight_budget_bytes: bytes,
+                };
+                Ok((plan::plan(&self.catalog, bytes, &options)?, report))
+            }
+            BudgetSpec::Memory(spec) => {
+                // What the process holds already is part of its total, so it counts as available to it.
+                let available_bytes =
+                    limits::available_memory_bytes()?.saturating_add(process_bytes);
+                let (budget, plan) = budget::resolve_and_plan(
+                    &self.catalog,
+                    spec,
+                    available_bytes,
+                    host_bytes,
+                    &options,
+                )?;
+                Ok((plan, budget))
+            }
+        }
+    }
+}
+
+/// The slow half of an acquire: asks the stream for the layer and sleeps until it is there.
+fn wait(
+    running: &Running,
+    mut state: MutexGuard<'_, State>,
+    layer: u32,
+    need: Need,
+    timeout: Option<Duration>,
+    thread: u64,
+) -> Result<()> {
+    if let Some(error) = &state.fatal {
+        return Err(error.clone());
+    }
+    if state.would_deadlock(layer, thread) {
+        let context = format!(
+            "layer {layer} needs a slot, but all of them are leased and this thread holds at least one; release it first"
+        );
+        return Err(Error::new(ErrorKind::Busy, context));
+    }
+    // An error that prefetch left behind is not an answer to this call: it reads again.
+    drop(state.take_error(layer));
+    if timeout.is_some_and(|timeout| timeout.is_zero()) {
+        state.demand(layer, false);
+        let wake = std::mem::take(&mut state.hungry);
+        drop(state);
+        if wake {
+            running.started.waker.wake();
+        }
+        return Err(Error::new(
+            ErrorKind::Again,
+            format!("layer {layer} is not in memory yet"),
+        ));
+    }
+    let begun = Instant::now();
+    state.stalls += 1;
+    state.demand(layer, true);
+    let (mut state, result) = sleep_until_ready(
+        running,
+        state,
+        layer,
+        need,
+        timeout.map(|timeout| begun + timeout),
+    );
+    state.stop_waiting(layer);
+    state.stall_ns += u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    result?;
+    state.lease(layer, thread)
+}
+
+fn sleep_until_ready<'a>(
+    running: &'a Running,
+    mut state: MutexGuard<'a, State>,
+    layer: u32,
+    need: Need,
+    deadline: Option<Instant>,
+) -> (MutexGuard<'a, State>, Result<()>) {
+    loop {
+        if state.ready(layer, need) {
+            return (state, Ok(()));
+        }
+        if let Some(error) = state.take_error(layer).or_else(|| state.fatal.clone()) {
+            return (state, Err(error));
+        }
+        // Another waiter may have taken the error of a failed read: this one asks again.
+        state.demand(layer, false);
+        if std::mem::take(&mut state.hungry) {
+            drop(state);
+            running.started.waker.wake();
+            state = running.core.state();
+            continue;
+        }
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        state.waiters += 1;
+        state = match left {
+            None => running
+                .core
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner),
+            Some(left) => {
+                running
+                    .core
+                    .changed
+                    .wait_timeout(state, left)
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .0
+            }
+        };
+        state.waiters -= 1;
+        if left.is_some_and(|left| left.is_zero()) && !state.ready(layer, need) {
+            return (
+                state,
+                Err(Error::new(
+                    ErrorKind::Timeout,
+                    format!("layer {layer} did not arrive in time"),
+                )),
+            );
+        }
+    }
+}
+
+impl Running {
+    fn add_to(&self, stats: &mut Stats) {
+        let counters = *self
+            .core
+            .counters
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        stats.reader = self.started.reader_kind;
+        stats.bytes_read = counters.bytes;
+        stats.reads = counters.reads;
+        stats.retries = counters.retries;
+        stats.read_ns = counters.busy_ns;
+        stats.resident_bytes = self.plan.resident_bytes;
+        if let Some(reason) = &self.started.fallback {
+            stats.fallbacks.push(Fallback {
+                kind: FallbackKind::Pread,
+                reason: reason.clone(),
+            });
+        }
+        stats.fallbacks.extend(self.not_bound.clone());
+        match self.core.pool().probe().report() {
+            Ok(pages) => {
+                stats.huge_page_share = pages.huge_page_share;
+                stats.page_bytes = pages.page_bytes;
+                stats
+                    .fallbacks
+                    .extend(pages.fallbacks.iter().map(Fallback::of_memory));
+            }
+            Err(error) => log::warn!("the pool's pages could not be measured: {error}"),
+        }
+        let state = self.core.state();
+        stats.acquires = state.acquires;
+        stats.releases = state.releases;
+        stats.loads = state.loads;
+        stats.stalls = state.stalls;
+        stats.stall_ns = state.stall_ns;
+        stats.mispredicts = state.mispredicts();
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.core.stop.store(true, Ordering::Release);
+        self.started.waker.wake();
+        if let Some(thread) = self.thread.take() {
+            if thread.join().is_err() {
+                log::error!("the stream's thread had panicked");
+            }
+        }
+    }
+}
+
+/// A number for the calling thread, never used twice in a process.
+fn thread_id() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    thread_local!(static ID: u64 = NEXT.fetch_add(1, Ordering::Relaxed));
+    ID.with(|id| *id)
+}
+
+/// `FLEA_FAULT=nowait`: hosts get their lease before the bytes are there. A suite that passes with it tests nothing.
+fn skip_the_wait() -> bool {
+    #[cfg(feature = "faults")]
+    return {
+        static NOWAIT: OnceLock<bool> = OnceLock::new();
+        *NOWAIT
+            .get_or_init(|| crate::io::fault::Faults::from_env().is_ok_and(|faults| faults.nowait))
+    };
+    #[cfg(not(feature = "faults"))]
+    false
+}

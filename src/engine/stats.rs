@@ -1,0 +1,97 @@
+//! What a model tells about itself: the arithmetic of its budget, and counters.
+
+use crate::io::ReaderKind;
+use crate::mem::{self, Backing};
+
+/// The budget a plan was made for.
+pub type BudgetReport = crate::plan::Budget;
+
+/// A setting that did not come out as wished. None of them is silent: each is listed here, in `flea_stats` and in
+/// every `--json`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fallback {
+    /// Which one, as a bit of `flea_stats_data.fallbacks`.
+    pub kind: FallbackKind,
+    /// Why, for people.
+    pub reason: String,
+}
+
+impl Fallback {
+    /// What the pool reports, under the numbers of the ABI.
+    pub(super) fn of_memory(fallback: &mem::Fallback) -> Self {
+        let kind = match fallback {
+            mem::Fallback::SmallPages { .. } => FallbackKind::SmallPages,
+            mem::Fallback::NotBound { .. } => FallbackKind::Numa,
+        };
+        Self {
+            kind,
+            reason: fallback.to_string(),
+        }
+    }
+}
+
+/// The kinds of fallback, as bits. ABI: never renumbered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum FallbackKind {
+    /// O_DIRECT refused: reads go through the page cache and are dropped behind.
+    Buffered = 1,
+    /// io_uring refused: pread threads.
+    Pread = 2,
+    /// 2 MiB pages wanted, 4 KiB pages got for more than a tenth of the pool.
+    SmallPages = 4,
+    /// Memory could not be bound to the drive's NUMA node.
+    Numa = 8,
+}
+
+impl FallbackKind {
+    /// The word in `--json`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Buffered => "buffered",
+            Self::Pread => "pread",
+            Self::SmallPages => "small_pages",
+            Self::Numa => "numa",
+        }
+    }
+}
+
+/// Counters of a model since it was opened. `_ns` are nanoseconds.
+#[derive(Debug, Clone)]
+pub struct Stats {
+    /// The reader at work.
+    pub reader: ReaderKind,
+    /// Where the weights live.
+    pub backing: Backing,
+    /// True when every shard is read with O_DIRECT.
+    pub direct_io: bool,
+    /// What did not come out as wished.
+    pub fallbacks: Vec<Fallback>,
+    /// Successful acquires.
+    pub acquires: u64,
+    /// Releases.
+    pub releases: u64,
+    /// Transient runs read to the end.
+    pub loads: u64,
+    /// Bytes asked of the kernel, resident and transient.
+    pub bytes_read: u64,
+    /// Requests completed.
+    pub reads: u64,
+    /// Requests tried again.
+    pub retries: u64,
+    /// Acquires that waited.
+    pub stalls: u64,
+    /// Time acquires waited.
+    pub stall_ns: u64,
+    /// Time with at least one request in flight.
+    pub read_ns: u64,
+    /// Acquires that the learned order had not foreseen.
+    pub mispredicts: u64,
+    /// Bytes of resident pages in the plan.
+    pub resident_bytes: u64,
+    /// Page size of the pool.
+    pub page_bytes: u64,
+    /// Measured share of the pool that lies on huge pages, 0 to 1.
+    pub huge_page_share: f64,
+}

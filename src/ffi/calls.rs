@@ -1,0 +1,297 @@
+//! The calls of the C ABI. Their comments are the header's.
+
+use super::handle::{Handle, handle, path, read_options, size_of_output, text, write_output};
+use super::types::{
+    FLEA_ABI_VERSION, flea_info, flea_model, flea_open_options, flea_stats_data, flea_tensor,
+};
+use super::{LAST, guard, invalid};
+use crate::error::{Error, ErrorKind};
+use std::ffi::{c_char, c_void};
+use std::time::Duration;
+
+/// The version of this interface that the library implements: FLEA_ABI_VERSION of its own header.
+#[unsafe(no_mangle)]
+pub extern "C" fn flea_abi_version() -> u32 {
+    FLEA_ABI_VERSION
+}
+
+/// Opens a model: reads its headers, reserves addresses for its tensors and, unless FLEA_OPEN_DEFER_PLAN is set, makes
+/// the plan, allocates the pool and begins to read.
+///
+/// `path`: a GGUF file, any shard of a split GGUF, a safetensors file or index, or a directory with one of them.
+/// `options`: NULL for the defaults. Neither is kept, except options->host_pending_bytes.
+/// `out`: receives the model; give it to flea_model_close. Set to NULL on failure.
+/// Threads: any. Do not fork and use the model in the child: its memory is not there.
+/// Returns FLEA_OK or: NOTFOUND, PERM, IO, FORMAT, TRUNCATED, UNSUPPORTED (the file), REFUSED (the budget), NOMEM, INVALID.
+///
+/// # Safety
+/// Pointers are NULL or as described.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flea_model_open(
+    path_text: *const c_char,
+    options: *const flea_open_options,
+    out: *mut *mut flea_model,
+) -> i32 {
+    guard(|| {
+        if out.is_null() {
+            return Err(invalid("`out` is NULL"));
+        }
+        // SAFETY: not NULL, and the host's by contract.
+        unsafe { *out = std::ptr::null_mut() };
+        // SAFETY: by this function's contract.
+        let (path, options) = unsafe { (path(path_text)?, read_options(options)?) };
+        let handle = Box::new(Handle::open(path, &options)?);
+        // SAFETY: as above.
+        unsafe { *out = Box::into_raw(handle).cast() };
+        Ok(0)
+    })
+}
+
+/// Closes a model: ends its reads and frees its memory. NULL is allowed.
+///
+/// Threads: no other call on this model may run or follow. Every pointer it gave is dead afterwards.
+///
+/// # Safety
+/// `model` is NULL or came from flea_model_open and was not closed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flea_model_close(model: *mut flea_model) {
+    guard(|| {
+        if !model.is_null() {
+            // SAFETY: made by Box::into_raw in flea_model_open, and given back once.
+            drop(unsafe { Box::from_raw(model.cast::<Handle>()) });
+        }
+        Ok(0)
+    });
+}
+
+/// Describes a model. Set out->struct_size first.
+///
+/// Threads: any. Returns FLEA_OK or INVALID.
+///
+/// # Safety
+/// `model` is open; `out` has the bytes its struct_size says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flea_model_info(model: *const flea_model, out: *mut flea_info) -> i32 {
+    guard(|| {
+        // SAFETY: by this function's contract.
+        unsafe {
+            let handle = handle(model)?;
+            let size = size_of_output(out)?;
+            write_output(out, &handle.info(size), size);
+        }
+        Ok(0)
+    })
+}
+
+/// Finds a tensor by name. Set out->struct_size first.
+///
+/// Threads: any. Returns FLEA_OK, NOTFOUND or INVALID.
+///
+/// # Safety
+/// `model` is open; `name` is a string; `out` has the bytes its struct_size says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flea_model_tensor(
+    model: *const flea_model,
+    name: *const c_char,
+    out: *mut flea_tensor,
+) -> i32 {
+    guard(|| {
+        // SAFETY: by this function's contract.
+        unsafe {
+            let handle = handle(model)?;
+            let size = size_of_output(out)?;
+            let name = text(name, "the tensor's name")?
+                .ok_or_else(|| invalid("the tensor's name is NULL"))?;
+            let (index, _) = handle.model.catalog().tensor(name).ok_or_else(|| {
+                Error::new(
+                    ErrorKind::NotFound,
+                    format!("the model has no tensor '{name}'"),
+                )
+            })?;
+            write_output(out, &handle.tensor(index, size), size);
+        }
+        Ok(0)
+    })
+}
+
+/// Describes the tensor at place `index` (0 to flea_info.tensor_count - 1). Set out->struct_size first.
+///
+/// Threads: any. Returns FLEA_OK, NOTFOUND or INVALID.
+///
+/// # Safety
+/// `model` is open; `out` has the bytes its struct_size says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flea_model_tensor_at(
+    model: *const flea_model,
+    index: u32,
+    out: *mut flea_tensor,
+) -> i32 {
+    guard(|| {
+        // SAFETY: by this function's contract.
+        unsafe {
+            let handle = handle(model)?;
+            let size = size_of_output(out)?;
+            let count = handle.model.catalog().tensors.len();
+            if index as usize >= count {
+                let context = format!("tensor {index} does not exist, the model has {count}");
+                return Err(Error::new(ErrorKind::NotFound, context));
+            }
+            write_output(out, &handle.tensor(index as usize, size), size);
+        }
+        Ok(0)
+    })
+}
+
+/// The layer whose weight lies at `addr`, or FLEA_E_NOTFOUND. Any address inside a tensor will do.
+///
+/// Threads: any; takes no lock. Leaves flea_last_error as it is.
+///
+/// # Safety
+/// `model` is open. `addr` is only compared.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flea_layer_of(model: *const flea_model, addr: *const c_void) -> i32 {
+    // SAFETY: by this function's contract. Nothing in here panics or allocates.
+    match unsafe { handle(model) } {
+        Ok(handle) => match handle.model.layer_of(addr as usize) {
+            Some(layer) => i32::try_from(layer).unwrap_or(i32::MAX),
+            None => ErrorKind::NotFound.status(),
+        },
+        Err(error) => error.kind().status(),
+    }
+}
+
+/// Waits until a layer is in memory and keeps it there until flea_release.
+///
+/// `addr`, `bytes`: NULL and 0 for the whole layer; otherwise only that range of it has to be there.
+/// `timeout_ns`: below 0 waits for ever, 0 only tries.
+/// Leases are counted: release as often as you acquire. Hold few: the ring has flea_info.slots_count slots.
+/// Threads: any. Returns FLEA_OK or: AGAIN, TIMEOUT, BUSY (this thread holds what it would wait for), REFUSED (a deferred
+/// plan does not fit), IO, TRUNCATED, CHANGED, NOMEM, INVALID. After an error the next acquire reads again.
+///
+/// # Safety
+/// `model` is open.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flea_acquire(
+    model: *mut flea_model,
+    layer: u32,
+    addr: *const c_void,
+    bytes: usize,
+    timeout_ns: i64,
+) -> i32 {
+    guard(|| {
+        // SAFETY: by this function's contract.
+        let handle = unsafe { handle(model) }?;
+        handle.refresh_pending();
+        let range = (!addr.is_null()).then_some((addr as usize, bytes));
+        let timeout = u64::try_from(timeout_ns).ok().map(Duration::from_nanos);
+        handle.model.acquire(layer, range, timeout)?;
+        Ok(0)
+    })
+}
+
+/// Gives back one lease of a layer. Its bytes may change from now on.
+///
+/// Threads: any, also another than the acquire's. Returns FLEA_OK or INVALID (the layer is not acquired).
+///
+/// # Safety
+/// `model` is open.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flea_release(model: *mut flea_model, layer: u32) -> i32 {
+    guard(|| {
+        // SAFETY: by this function's contract.
+        unsafe { handle(model) }?.model.release(layer)?;
+        Ok(0)
+    })
+}
+
+/// Says which layers will be acquired next, in order. flea learns the order of a pass by itself; a hint overrides it
+/// once. A wrong hint costs time, never a wrong byte.
+///
+/// Threads: any. `layers` is not kept. Returns FLEA_OK, INVALID, or what a deferred plan says.
+///
+/// # Safety
+/// `model` is open; `layers` has `count` elements.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flea_hint(
+    model: *mut flea_model,
+    layers: *const u32,
+    count: usize,
+) -> i32 {
+    guard(|| {
+        // SAFETY: by this function's contract.
+        let handle = unsafe { handle(model) }?;
+        if count == 0 {
+            return Ok(0);
+        }
+        if layers.is_null() || count > 1 << 20 {
+            return Err(invalid("`layers` is NULL, or more than 1048576"));
+        }
+        handle.refresh_pending();
+        // SAFETY: not NULL, `count` elements by contract.
+        handle
+            .model
+            .hint(unsafe { std::slice::from_raw_parts(layers, count) })?;
+        Ok(0)
+    })
+}
+
+/// Counters of a model. Set out->struct_size first. Measures the pages of the pool, so do not call it in a hot loop.
+///
+/// Threads: any. Returns FLEA_OK or INVALID.
+///
+/// # Safety
+/// `model` is open; `out` has the bytes its struct_size says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flea_stats(model: *const flea_model, out: *mut flea_stats_data) -> i32 {
+    guard(|| {
+        // SAFETY: by this function's contract.
+        unsafe {
+            let handle = handle(model)?;
+            let size = size_of_output(out)?;
+            write_output(out, &handle.stats(size), size);
+        }
+        Ok(0)
+    })
+}
+
+/// The text of this thread's last failed call: path, offset, errno and remedy where there are any. Never NULL; empty
+/// when nothing failed. Valid until the next call that fails on this thread.
+#[unsafe(no_mangle)]
+pub extern "C" fn flea_last_error() -> *const c_char {
+    LAST.try_with(|last| last.borrow().text.as_ptr())
+        .unwrap_or(c"".as_ptr())
+}
+
+/// The errno of this thread's last failed call; 0 when the kernel was not the cause.
+#[unsafe(no_mangle)]
+pub extern "C" fn flea_last_errno() -> i32 {
+    LAST.try_with(|last| last.borrow().errno).unwrap_or(0)
+}
+
+/// The name of a status, such as "FLEA_E_REFUSED"; "FLEA_E_UNKNOWN" for a number that is none. A constant string.
+#[unsafe(no_mangle)]
+pub extern "C" fn flea_status_name(status: i32) -> *const c_char {
+    let name = match status {
+        0 => c"FLEA_OK",
+        -1 => c"FLEA_E_INVALID",
+        -2 => c"FLEA_E_NOMEM",
+        -3 => c"FLEA_E_IO",
+        -4 => c"FLEA_E_FORMAT",
+        -5 => c"FLEA_E_NOTFOUND",
+        -6 => c"FLEA_E_AGAIN",
+        -7 => c"FLEA_E_TIMEOUT",
+        -8 => c"FLEA_E_BUSY",
+        -9 => c"FLEA_E_CONN",
+        -10 => c"FLEA_E_PERM",
+        -11 => c"FLEA_E_REFUSED",
+        -12 => c"FLEA_E_UNSUPPORTED",
+        -13 => c"FLEA_E_TRUNCATED",
+        -14 => c"FLEA_E_CHANGED",
+        -15 => c"FLEA_E_CHECKSUM",
+        -16 => c"FLEA_E_REVOKED",
+        -17 => c"FLEA_E_CANCELED",
+        -99 => c"FLEA_E_INTERNAL",
+        _ => c"FLEA_E_UNKNOWN",
+    };
+    name.as_ptr()
+}

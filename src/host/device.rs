@@ -1,0 +1,276 @@
+//! The ggml device FLEA, compiled into this program, and the model it streams: opened through the C ABI like any host
+//! does, handed to the device, and asked for its figures. Invariants: the handle outlives every llama model that is
+//! placed on the device (drop order in `Session`); one streamed model per process at a time. Place in
+//! `file -> catalog -> plan -> reader -> pool -> lease -> host`: lease to host.
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::path::Path;
+use std::sync::Arc;
+
+use llama_cpp_sys_2 as llama;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::ffi::calls;
+use crate::ffi::types::{self, flea_info, flea_model, flea_open_options, flea_stats_data};
+use crate::host::session::Figures;
+
+#[repr(C)]
+struct Config {
+    struct_size: u32,
+    loader_skips_streamed: bool,
+    model: *mut flea_model,
+}
+
+// ffi-examples/ggml-flea/ggml-flea.h
+unsafe extern "C" {
+    fn ggml_backend_flea_reg() -> llama::ggml_backend_reg_t;
+    fn ggml_backend_flea_configure(config: *const Config) -> i32;
+    fn ggml_backend_flea_pending_bytes() -> *const u64;
+    fn ggml_backend_flea_last_failure(text: *mut *const c_char) -> i32;
+}
+
+/// How a model is streamed.
+#[derive(Debug, Clone, Default)]
+pub struct StreamOptions {
+    /// Memory for everything the process holds, as in `FLEA_MEMORY`; `None` = automatic.
+    pub memory: Option<String>,
+    /// FLEA_BACKING_*.
+    pub backing: u32,
+    /// FLEA_READER_*.
+    pub reader: u32,
+    /// 0 = default.
+    pub slots_count: u32,
+    /// 0 = by layer size.
+    pub page_bytes: u32,
+    /// 0 = default.
+    pub request_bytes: u32,
+    /// 0 = default.
+    pub depth: u32,
+}
+
+/// The streamed model.
+#[derive(Debug)]
+pub struct Streamed {
+    handle: Arc<Handle>,
+    device: llama::ggml_backend_dev_t,
+}
+
+/// The model's handle, closed with the last reference: the loader's stream and a monitor keep one while they may ask.
+#[derive(Debug)]
+pub struct Handle(*mut flea_model);
+
+// SAFETY: every call of the C ABI but open and close may be made from any thread (include/flea.h); close happens in Drop,
+// when no other reference is left.
+unsafe impl Send for Handle {}
+// SAFETY: as above.
+unsafe impl Sync for Handle {}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        // SAFETY: opened by flea_model_open, closed once, and no lease is held between two decodes.
+        unsafe { calls::flea_model_close(self.0) };
+    }
+}
+
+/// flea's last error on this thread as an [`Error`] of the status `status`.
+fn last_error(status: i32) -> Error {
+    // SAFETY: the text lives until the next call on this thread and is copied here.
+    let text = unsafe { CStr::from_ptr(calls::flea_last_error()) }
+        .to_string_lossy()
+        .into_owned();
+    Error::new(kind_of(status), text)
+}
+
+fn kind_of(status: i32) -> ErrorKind {
+    ErrorKind::ALL
+        .into_iter()
+        .find(|kind| kind.status() == status)
+        .unwrap_or(ErrorKind::Internal)
+}
+
+impl Streamed {
+    /// Opens the model (no weight is read, no plan is made yet), hands it to the device and registers the device.
+    ///
+    /// # Errors
+    /// Those of `flea_model_open`; `Busy` when another model is streamed.
+    pub fn open(path: &Path, options: &StreamOptions) -> Result<Self> {
+        let nul = |_| {
+            Error::new(
+                ErrorKind::Invalid,
+                "a NUL byte in the path or the memory size",
+            )
+        };
+        let path = CString::new(path.as_os_str().as_encoded_bytes()).map_err(nul)?;
+        let memory = options
+            .memory
+            .clone()
+            .map(CString::new)
+            .transpose()
+            .map_err(nul)?;
+        // SAFETY: all-zero is a valid flea_open_options: the defaults (include/flea.h).
+        let mut raw: flea_open_options = unsafe { std::mem::zeroed() };
+        raw.struct_size = size_of::<flea_open_options>() as u32;
+        raw.backing = options.backing;
+        raw.reader = options.reader;
+        raw.slots_count = options.slots_count;
+        raw.page_bytes = options.page_bytes;
+        raw.request_bytes = options.request_bytes;
+        raw.depth = options.depth;
+        raw.flags = types::FLEA_OPEN_DEFER_PLAN;
+        raw.memory = memory
+            .as_ref()
+            .map_or(std::ptr::null(), |text| text.as_ptr());
+        // SAFETY: the pointer is valid for the life of the program (ggml-flea.h).
+        raw.host_pending_bytes = unsafe { ggml_backend_flea_pending_bytes() };
+        let mut model = std::ptr::null_mut();
+        // SAFETY: path and options are valid for the call, `model` receives the handle.
+        let status =
+            unsafe { calls::flea_model_open(path.as_ptr(), &raw const raw, &raw mut model) };
+        if status < 0 {
+            return Err(last_error(status));
+        }
+        let handle = Arc::new(Handle(model));
+        let config = Config {
+            struct_size: size_of::<Config>() as u32,
+            loader_skips_streamed: true,
+            model,
+        };
+        // SAFETY: the struct is copied; the handle outlives the llama model (drop order in Session).
+        let status = unsafe { ggml_backend_flea_configure(&raw const config) };
+        if status < 0 {
+            return Err(last_failure().unwrap_or_else(|| {
+                Error::new(
+                    kind_of(status),
+                    "the ggml device streams another model already",
+                )
+            }));
+        }
+        // SAFETY: the registration is one static object; registering it twice is harmless but avoided by Session.
+        let device = unsafe {
+            let registration = ggml_backend_flea_reg();
+            if llama::ggml_backend_reg_by_name(llama::ggml_backend_reg_name(registration)).is_null()
+            {
+                llama::ggml_backend_register(registration);
+            }
+            llama::ggml_backend_reg_dev_get(registration, 0)
+        };
+        Ok(Self { handle, device })
+    }
+
+    /// The device weights are placed on.
+    pub(crate) const fn device(&self) -> llama::ggml_backend_dev_t {
+        self.device
+    }
+
+    /// Says whether an address is a streamed weight's.
+    pub(crate) fn in_window(&self) -> crate::host::file::InWindow {
+        let handle = Arc::clone(&self.handle);
+        // SAFETY: flea_layer_of takes any address and does not read it; the handle is kept alive by the closure.
+        Box::new(
+            move |address: *const c_void| unsafe { calls::flea_layer_of(handle.0, address) } >= 0,
+        )
+    }
+
+    /// The model's handle.
+    pub(crate) fn handle(&self) -> Arc<Handle> {
+        Arc::clone(&self.handle)
+    }
+}
+
+impl Handle {
+    /// Figures of the plan.
+    ///
+    /// # Errors
+    /// Those of `flea_model_info`.
+    pub fn info(&self) -> Result<flea_info> {
+        // SAFETY: all-zero is a valid flea_info to be filled.
+        let mut info: flea_info = unsafe { std::mem::zeroed() };
+        info.struct_size = size_of::<flea_info>() as u32;
+        // SAFETY: the handle is open, info is ours.
+        let status = unsafe { calls::flea_model_info(self.0, &raw mut info) };
+        if status < 0 {
+            Err(last_error(status))
+        } else {
+            Ok(info)
+        }
+    }
+
+    /// Counters.
+    ///
+    /// # Errors
+    /// Those of `flea_stats`.
+    pub fn stats(&self) -> Result<flea_stats_data> {
+        // SAFETY: all-zero is a valid flea_stats_data to be filled.
+        let mut stats: flea_stats_data = unsafe { std::mem::zeroed() };
+        stats.struct_size = size_of::<flea_stats_data>() as u32;
+        // SAFETY: the handle is open, stats is ours.
+        let status = unsafe { calls::flea_stats(self.0, &raw mut stats) };
+        if status < 0 {
+            Err(last_error(status))
+        } else {
+            Ok(stats)
+        }
+    }
+
+    /// Writes plan and counters into `figures`.
+    pub(crate) fn fill(&self, figures: &mut Figures) -> Result<()> {
+        let (info, stats) = (self.info()?, self.stats()?);
+        if info.planned != 0 {
+            figures.total_bytes = Some(info.total_bytes);
+            figures.host_bytes = Some(info.host_bytes);
+            figures.weight_budget_bytes = Some(info.weight_budget_bytes);
+            figures.resident_bytes = Some(info.resident_bytes);
+            figures.streamed_bytes_per_pass = Some(info.streamed_bytes_per_pass);
+        }
+        figures.fallbacks = FALLBACKS
+            .iter()
+            .filter(|(bit, _)| stats.fallbacks & bit != 0)
+            .map(|(_, name)| *name)
+            .collect();
+        figures.bytes_read = stats.bytes_read;
+        figures.read_seconds = stats.read_ns as f64 / 1e9;
+        figures.stall_seconds = stats.stall_ns as f64 / 1e9;
+        figures.acquires = stats.acquires;
+        figures.loads = stats.loads;
+        figures.reader = match stats.reader {
+            types::FLEA_READER_PREAD => "pread",
+            _ => "io_uring",
+        };
+        figures.direct_io = stats.direct_io != 0;
+        figures.page_bytes = stats.page_bytes;
+        figures.huge_page_share = stats.huge_page_share;
+        Ok(())
+    }
+}
+
+/// The names of flea_stats_data.fallbacks' bits, as `--json` lists them.
+const FALLBACKS: [(u32, &str); 4] = [
+    (types::FLEA_FALLBACK_BUFFERED, "buffered"),
+    (types::FLEA_FALLBACK_PREAD, "pread"),
+    (types::FLEA_FALLBACK_SMALL_PAGES, "small_pages"),
+    (types::FLEA_FALLBACK_NUMA, "numa"),
+];
+
+impl Drop for Streamed {
+    fn drop(&mut self) {
+        // SAFETY: NULL forgets the model; the llama model is gone by now (drop order in Session).
+        unsafe { ggml_backend_flea_configure(std::ptr::null()) };
+    }
+}
+
+/// Why the device failed last, if it did.
+#[must_use]
+pub fn last_failure() -> Option<Error> {
+    let mut text = std::ptr::null();
+    // SAFETY: the text lives until this thread asks again, and is copied here.
+    let status = unsafe { ggml_backend_flea_last_failure(&raw mut text) };
+    if status >= 0 || text.is_null() {
+        return None;
+    }
+    // SAFETY: not NULL, NUL-terminated.
+    let text = unsafe { CStr::from_ptr(text) }
+        .to_string_lossy()
+        .into_owned();
+    Some(Error::new(kind_of(status), text))
+}

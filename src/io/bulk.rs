@@ -1,0 +1,112 @@
+//! Reads a file round and round through a [`Reader`] for a while: what `flea bench raw` measures with.
+//!
+//! Invariant: safe to call, because the memory is owned for the time of the reading and, should the kernel keep a
+//! request, leaked instead of freed. Place: a user of `reader` in `file -> catalog -> plan -> reader -> pool -> ...`.
+#![allow(unsafe_code)]
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{AlignedMemory, Completion, Reader, ReaderOptions, Request, ShardFile};
+use crate::error::{Error, ErrorKind, Result};
+
+/// How long a reader may take to give its memory back after a measurement.
+const DRAIN_BOUND: Duration = Duration::from_secs(5);
+
+/// What was read, and how long it took.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Swept {
+    /// Bytes of the file that arrived.
+    pub bytes: u64,
+    /// From the first submit to the last completion.
+    pub wall: Duration,
+}
+
+/// Where to go on reading: the sweep's points continue each other, so that none re-reads what a drive's cache holds.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Cursor {
+    /// Offset of the next request.
+    pub offset_bytes: u64,
+}
+
+/// Reads shard 0 sequentially, around its end if need be, for `span`, into `memory`, which is lent and comes back.
+///
+/// # Errors
+/// The first failed read; `NoMemory` when the memory is smaller than depth times request. The memory is gone when the
+/// kernel did not give it back.
+pub fn sweep(
+    files: &Arc<[ShardFile]>,
+    options: &ReaderOptions,
+    memory: AlignedMemory,
+    cursor: &mut Cursor,
+    span: Duration,
+) -> Result<(Swept, AlignedMemory)> {
+    let mut reader = Reader::new(Arc::clone(files), options)?;
+    let result = run(&mut reader, &memory, cursor, files[0].len_bytes(), span);
+    let kept = reader.drain(DRAIN_BOUND);
+    if !kept.is_empty() {
+        memory.leak();
+        return Err(result.err().unwrap_or_else(|| {
+            Error::new(ErrorKind::Timeout, "reads never came back from the kernel")
+        }));
+    }
+    Ok((result?, memory))
+}
+
+fn run(
+    reader: &mut Reader,
+    memory: &AlignedMemory,
+    cursor: &mut Cursor,
+    file_bytes: u64,
+    span: Duration,
+) -> Result<Swept> {
+    let request_bytes = u64::from(reader.request_bytes());
+    let depth = reader.free() as u64;
+    if depth * request_bytes > memory.len_bytes() {
+        return Err(Error::new(
+            ErrorKind::NoMemory,
+            format!(
+                "{depth} requests of {request_bytes} bytes do not fit into {} bytes",
+                memory.len_bytes()
+            ),
+        ));
+    }
+    let mut out: Vec<Completion> = Vec::with_capacity(depth as usize);
+    let mut bytes = 0;
+    let start = Instant::now();
+    let mut submit = |reader: &mut Reader, key: u64| -> Result<u64> {
+        if cursor.offset_bytes >= file_bytes {
+            cursor.offset_bytes = 0;
+        }
+        let offset_bytes = cursor.offset_bytes;
+        cursor.offset_bytes += request_bytes;
+        let request = Request {
+            key,
+            shard_index: 0,
+            offset_bytes,
+            len_bytes: request_bytes,
+            // SAFETY: key < depth, and depth * request_bytes fits the memory.
+            target: unsafe { memory.as_ptr().add((key * request_bytes) as usize) },
+        };
+        // SAFETY: each key has its own part of the memory, used by one request at a time; the memory lives until the
+        // reader is drained, and is leaked if that fails.
+        unsafe { reader.submit(request)? };
+        Ok(request_bytes.min(file_bytes - offset_bytes))
+    };
+    for key in 0..depth {
+        bytes += submit(reader, key)?;
+    }
+    while reader.in_flight() > 0 {
+        reader.wait(None, &mut out)?;
+        for completion in out.drain(..) {
+            completion.result?;
+            if start.elapsed() < span {
+                bytes += submit(reader, completion.key)?;
+            }
+        }
+    }
+    Ok(Swept {
+        bytes,
+        wall: start.elapsed(),
+    })
+}

@@ -1,0 +1,783 @@
+//! The catalog: what is in the files, as the plan needs it.
+//!
+//! Joins the headers of all shards and tells the layers of a pass, the experts and the row tables apart. Invariants: every
+//! tensor's extent lies inside its shard and shares no byte with another; every byte a layer uses is in exactly one layer
+//! (a cut head is cut between rows); extents of different layers never overlap; layers stand in the order of a pass.
+//! Place in the house: **file -> catalog** -> plan -> reader -> pool -> lease -> host.
+
+use super::head::rows_per_piece;
+use super::roles::{Meaning, Naming, Place, Role, classify};
+use super::{
+    DType, Metadata, Shard, TENSOR_COUNT_MAX, TensorInfo, bad_format, dtype, gguf, safetensors,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::Extent;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+
+/// Two extents of one layer closer than this are read as one: at 2 GB/s 64 KiB takes as long as starting a request.
+pub const EXTENT_GAP_BYTES: u64 = 64 << 10;
+
+/// The format of a model's files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// GGUF of this version.
+    Gguf(u32),
+    /// safetensors.
+    Safetensors,
+}
+
+/// The layers that use a tensor, as indices into [`Catalog::layers`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerSpan {
+    /// The first.
+    pub first: u32,
+    /// The last; more than the first only for a head that is cut.
+    pub last: u32,
+    /// Rows that each of them uses (the last one maybe fewer); 0 when the tensor is not cut.
+    pub rows_per_layer: u64,
+}
+
+/// The routed experts a tensor holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Experts {
+    /// The first one's number.
+    pub first: u32,
+    /// How many lie one behind the other in this tensor, all of one size.
+    pub count: u32,
+}
+
+/// One tensor of the model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tensor {
+    /// The tensor's name, unique in the model.
+    pub name: String,
+    /// Element type.
+    pub dtype: DType,
+    /// Elements per dimension in ggml's order (the contiguous one first); unused dimensions are 1.
+    pub shape: [u64; 4],
+    /// Dimensions the file names, at most 4.
+    pub dims: u32,
+    /// Where it lies in its file.
+    pub extent: Extent,
+    /// What it is for.
+    pub role: Role,
+    /// True when the host keeps it, or the rows it needs of it, in memory of its own.
+    pub host_kept: bool,
+    /// The layers that use it. A tied embedding is kept by the host *and* used by the head; a tensor that neither has is
+    /// not used at all (drafting layers that hosts skip).
+    pub layers: Option<LayerSpan>,
+    /// The routed experts it holds.
+    pub experts: Option<Experts>,
+}
+
+impl Tensor {
+    /// Rows of the tensor: the elements of all dimensions but the first.
+    #[must_use]
+    pub fn row_count(&self) -> u64 {
+        self.shape[1] * self.shape[2] * self.shape[3]
+    }
+
+    /// Bytes of one row; `None` where rows are no whole number of blocks.
+    #[must_use]
+    pub fn row_bytes(&self) -> Option<u64> {
+        self.dtype.row_bytes(self.shape[0])
+    }
+
+    /// Number of elements.
+    #[must_use]
+    pub fn element_count(&self) -> u64 {
+        self.shape.iter().product()
+    }
+
+    /// Where one expert lies, by its number in the layer.
+    #[must_use]
+    pub fn expert_extent(&self, expert_index: u32) -> Option<Extent> {
+        let experts = self.experts?;
+        let place = expert_index.checked_sub(experts.first)?;
+        let each_bytes = self.extent.len_bytes / u64::from(experts.count.max(1));
+        (place < experts.count).then_some(Extent {
+            offset_bytes: self.extent.offset_bytes + u64::from(place) * each_bytes,
+            len_bytes: each_bytes,
+            ..self.extent
+        })
+    }
+}
+
+/// What a layer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LayerKind {
+    /// The block of this number.
+    Block(u32),
+    /// These rows of the output head; norm and bias are with the first piece.
+    Head {
+        /// First row.
+        first_row: u64,
+        /// Number of rows.
+        row_count: u64,
+    },
+}
+
+/// One tensor's bytes (or, of a cut head, its piece's) in a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Use {
+    /// The bytes.
+    pub extent: Extent,
+    /// The tensor, as index into [`Catalog::tensors`].
+    pub tensor_index: u32,
+    /// Its turn inside the layer: smaller is used earlier.
+    pub order: u16,
+}
+
+/// The tensors used together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layer {
+    /// What it is.
+    pub kind: LayerKind,
+    /// A short name: `blk.7`, `output[0..32000]`.
+    pub label: String,
+    /// Where it lies: sorted, disjoint, gaps under [`EXTENT_GAP_BYTES`] that no other layer uses merged.
+    pub extents: Vec<Extent>,
+    /// Its tensors, sorted by extent.
+    pub uses: Vec<Use>,
+    /// Bytes of its tensors.
+    pub bytes: u64,
+}
+
+/// Tensors of one type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TypeShare {
+    /// The type.
+    pub dtype: DType,
+    /// How many tensors have it.
+    pub tensor_count: u64,
+    /// Their elements.
+    pub element_count: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}
+
+/// What is in the files of a model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Catalog {
+    /// The files' format.
+    pub format: Format,
+    /// `general.architecture`, or `model_type`; "unknown" where the files do not say.
+    pub architecture: String,
+    /// `general.name`.
+    pub name: Option<String>,
+    /// Alignment of the tensors in the first shard.
+    pub alignment_bytes: u64,
+    /// The files, in order.
+    pub shards: Vec<Shard>,
+    /// All tensors, in the order of shards and, in a shard, of its header.
+    pub tensors: Vec<Tensor>,
+    /// The layers in the order of a pass: blocks, then pieces of the head.
+    pub layers: Vec<Layer>,
+    /// Bytes of all tensors.
+    pub model_bytes: u64,
+    /// Bytes of the tensors the host keeps.
+    pub host_tensor_bytes: u64,
+    /// Bytes of tensors a pass never uses (drafting layers that hosts skip).
+    pub unused_tensor_bytes: u64,
+    /// Elements of all tensors.
+    pub parameter_count: u64,
+    /// The types of the tensors, by descending bytes.
+    pub types: Vec<TypeShare>,
+    /// Name of the quantisation mix (`general.file_type`).
+    pub file_type: Option<&'static str>,
+    /// Tokens of context the model was trained for.
+    pub context_length: Option<u64>,
+    /// Blocks the metadata promise.
+    pub block_count: Option<u64>,
+    /// Width of the residual stream.
+    pub embedding_length: Option<u64>,
+    /// Tokens of the vocabulary.
+    pub vocabulary_size: Option<u64>,
+    /// Routed experts per layer.
+    pub expert_count: Option<u64>,
+    /// Routed experts used per token.
+    pub experts_used_count: Option<u64>,
+    /// Experts every token uses.
+    pub shared_expert_count: Option<u64>,
+    /// True when the head multiplies with the token embedding.
+    pub tied_embeddings: bool,
+    /// Kept metadata of the first shard.
+    pub metadata: Metadata,
+    /// GGUF: number of keys and where keys and values lie in the first shard, for a host that writes a header of its own.
+    pub metadata_range: Option<(u64, Range<u64>)>,
+    by_name: HashMap<String, u32>,
+}
+
+impl Catalog {
+    /// A tensor and its index, by name.
+    #[must_use]
+    pub fn tensor(&self, name: &str) -> Option<(usize, &Tensor)> {
+        let index = *self.by_name.get(name)? as usize;
+        Some((index, &self.tensors[index]))
+    }
+
+    /// The blocks among the layers.
+    #[must_use]
+    pub fn block_layer_count(&self) -> usize {
+        self.layers
+            .iter()
+            .filter(|layer| matches!(layer.kind, LayerKind::Block(_)))
+            .count()
+    }
+
+    /// Bytes a pass uses: all layers together.
+    #[must_use]
+    pub fn layer_bytes(&self) -> u64 {
+        self.layers.iter().map(|layer| layer.bytes).sum()
+    }
+
+    /// A metadata number below the architecture's name (`llama.block_count`).
+    #[must_use]
+    pub fn architecture_number(&self, key: &str) -> Option<u64> {
+        self.metadata
+            .unsigned(&format!("{}.{key}", self.architecture))
+    }
+}
+
+/// The catalog of a GGUF model from the headers of all its parts, in order.
+///
+/// # Errors
+/// `Format` when the parts do not belong together, a tensor is there twice, or there is none.
+pub fn from_gguf(headers: Vec<gguf::ShardHeader>) -> Result<Catalog> {
+    check_split(&headers)?;
+    let first = headers.first().ok_or_else(no_files)?;
+    let metadata = first.metadata.clone();
+    let architecture = metadata
+        .text("general.architecture")
+        .unwrap_or("unknown")
+        .to_owned();
+    let number = |key: &str| metadata.unsigned(&format!("{architecture}.{key}"));
+    let mut catalog = empty(Format::Gguf(first.version), architecture.clone());
+    catalog.name = metadata.text("general.name").map(str::to_owned);
+    catalog.alignment_bytes = first.alignment_bytes;
+    catalog.file_type = metadata
+        .unsigned("general.file_type")
+        .and_then(dtype::file_type_name);
+    catalog.context_length = number("context_length");
+    catalog.block_count = number("block_count");
+    catalog.embedding_length = number("embedding_length");
+    catalog.vocabulary_size =
+        number("vocab_size").or_else(|| metadata.array_count("tokenizer.ggml.tokens"));
+    catalog.expert_count = number("expert_count").filter(|&count| count > 0);
+    catalog.experts_used_count = number("expert_used_count").filter(|&count| count > 0);
+    catalog.shared_expert_count = number("expert_shared_count").filter(|&count| count > 0);
+    catalog.metadata_range = Some((first.key_count, first.metadata_range.clone()));
+    let drafting = number("nextn_predict_layers").unwrap_or(0);
+    catalog.metadata = metadata;
+    let parts = headers
+        .into_iter()
+        .map(|header| (header.shard, header.tensors))
+        .collect();
+    Builder::new(catalog, Naming::Gguf, None, drafting, parts)?.build()
+}
+
+/// The catalog of a safetensors model from the headers of all its files, in the order of the index.
+///
+/// # Errors
+/// `Format` when the files do not hold what the index says, a tensor is there twice, or there is none.
+pub fn from_safetensors(
+    headers: Vec<safetensors::ShardHeader>,
+    index: Option<&safetensors::Index>,
+    config: Option<&safetensors::Config>,
+) -> Result<Catalog> {
+    if let Some(index) = index {
+        check_index(&headers, index)?;
+    }
+    let first = headers.first().ok_or_else(no_files)?;
+    let config = config.cloned().unwrap_or_default();
+    let architecture = config.architecture.unwrap_or_else(|| "unknown".to_owned());
+    let mut catalog = empty(Format::Safetensors, architecture);
+    // The format promises only that the header's length is a multiple of 8.
+    catalog.alignment_bytes = 8;
+    catalog.context_length = config.context_length;
+    catalog.block_count = config.block_count;
+    catalog.embedding_length = config.embedding_length;
+    catalog.vocabulary_size = config.vocabulary_size;
+    catalog.expert_count = config.expert_count.filter(|&count| count > 0);
+    catalog.experts_used_count = config.experts_used_count.filter(|&count| count > 0);
+    catalog.shared_expert_count = config.shared_expert_count.filter(|&count| count > 0);
+    catalog.metadata = first.metadata.clone();
+    let parts = headers
+        .into_iter()
+        .map(|header| (header.shard, header.tensors))
+        .collect();
+    Builder::new(
+        catalog,
+        Naming::HuggingFace,
+        config.tied_embeddings,
+        0,
+        parts,
+    )?
+    .build()
+}
+
+fn no_files() -> Error {
+    Error::new(ErrorKind::Invalid, "a model needs at least one file")
+}
+
+fn check_split(headers: &[gguf::ShardHeader]) -> Result<()> {
+    let count = headers.len();
+    for (place, header) in headers.iter().enumerate() {
+        let path = &header.shard.path;
+        let Some(split) = header.split else {
+            if count > 1 {
+                return Err(bad_format(
+                    path,
+                    format_args!("no part of a split model, but {count} files were given"),
+                ));
+            }
+            continue;
+        };
+        if (split.part_index as usize, split.part_count as usize) != (place, count) {
+            return Err(bad_format(
+                path,
+                format_args!(
+                    "says it is part {} of {}, but it was opened as part {} of {count}; all parts must lie together under their own names (NAME-00001-of-{:05}.gguf)",
+                    split.part_index + 1,
+                    split.part_count,
+                    place + 1,
+                    split.part_count
+                ),
+            ));
+        }
+    }
+    let Some(first) = headers.first() else {
+        return Ok(());
+    };
+    let found: u64 = headers.iter().map(|h| h.tensors.len() as u64).sum();
+    match first.split.and_then(|split| split.tensor_count) {
+        Some(promised) if promised != found => Err(bad_format(
+            &first.shard.path,
+            format_args!("split.tensors.count is {promised}, but the parts hold {found} tensors"),
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn check_index(headers: &[safetensors::ShardHeader], index: &safetensors::Index) -> Result<()> {
+    if headers.len() != index.shard_names.len() {
+        return Err(Error::new(
+            ErrorKind::Invalid,
+            format!(
+                "the index names {} files, {} were given",
+                index.shard_names.len(),
+                headers.len()
+            ),
+        ));
+    }
+    let mut found = 0_usize;
+    for (place, header) in headers.iter().enumerate() {
+        for tensor in &header.tensors {
+            if index.shard_of.get(&tensor.name) != Some(&(place as u32)) {
+                return Err(bad_format(
+                    &header.shard.path,
+                    format_args!(
+                        "the index does not place tensor '{}' in this file",
+                        tensor.name
+                    ),
+                ));
+            }
+            found += 1;
+        }
+    }
+    if found == index.shard_of.len() {
+        return Ok(());
+    }
+    let there = |name: &str| {
+        headers
+            .iter()
+            .any(|header| header.tensors.iter().any(|tensor| tensor.name == name))
+    };
+    let missing = index.shard_of.iter().find(|(name, _)| !there(name));
+    let (name, place) = missing.map_or(("?", 0), |(name, &place)| (name.as_str(), place));
+    Err(bad_format(
+        &headers[place as usize].shard.path,
+        format_args!("the index places tensor '{name}' in this file, but it is not there"),
+    ))
+}
+
+fn empty(format: Format, architecture: String) -> Catalog {
+    Catalog {
+        format,
+        architecture,
+        name: None,
+        alignment_bytes: 1,
+        shards: Vec::new(),
+        tensors: Vec::new(),
+        layers: Vec::new(),
+        model_bytes: 0,
+        host_tensor_bytes: 0,
+        unused_tensor_bytes: 0,
+        parameter_count: 0,
+        types: Vec::new(),
+        file_type: None,
+        context_length: None,
+        block_count: None,
+        embedding_length: None,
+        vocabulary_size: None,
+        expert_count: None,
+        experts_used_count: None,
+        shared_expert_count: None,
+        tied_embeddings: false,
+        metadata: Metadata::default(),
+        metadata_range: None,
+        by_name: HashMap::new(),
+    }
+}
+
+/// Fills a catalog from the tensors of all shards.
+struct Builder {
+    catalog: Catalog,
+    /// Parallel to the catalog's tensors.
+    meanings: Vec<Meaning>,
+    /// What the metadata say about tied embeddings.
+    tied: Option<bool>,
+    /// How many blocks at the end only draft.
+    drafting: u64,
+}
+
+impl Builder {
+    fn new(
+        mut catalog: Catalog,
+        naming: Naming,
+        tied: Option<bool>,
+        drafting: u64,
+        parts: Vec<(Shard, Vec<TensorInfo>)>,
+    ) -> Result<Self> {
+        let mut meanings = Vec::new();
+        for (shard_index, (shard, infos)) in parts.into_iter().enumerate() {
+            for info in infos {
+                let meaning = classify(naming, &info.name);
+                let index = catalog.tensors.len() as u32;
+                if let Some(other) = catalog.by_name.insert(info.name.clone(), index) {
+                    let other = catalog.tensors[other as usize].extent.shard_index as usize;
+                    let what = format!(
+                        "tensor '{}' is in {} already",
+                        info.name,
+                        catalog.shards[other].path.display()
+                    );
+                    return Err(bad_format(&shard.path, what));
+                }
+                catalog
+                    .tensors
+                    .push(tensor(shard_index as u32, info, meaning));
+                meanings.push(meaning);
+            }
+            catalog.shards.push(shard);
+        }
+        let path = &catalog.shards[0].path;
+        let count = catalog.tensors.len() as u64;
+        if count == 0 {
+            return Err(bad_format(
+                path,
+                "holds no tensors (a vocabulary or template, not a model)",
+            ));
+        }
+        if count > TENSOR_COUNT_MAX {
+            return Err(bad_format(
+                path,
+                format_args!("{count} tensors; at most {TENSOR_COUNT_MAX} are possible"),
+            ));
+        }
+        Ok(Self {
+            catalog,
+            meanings,
+            tied,
+            drafting,
+        })
+    }
+
+    fn build(mut self) -> Result<Catalog> {
+        self.settle_output_norm();
+        let mut owners = Vec::new();
+        self.add_blocks(&mut owners);
+        self.add_head(&mut owners);
+        self.merge_extents(owners);
+        self.sum_up()?;
+        Ok(self.catalog)
+    }
+
+    /// lfm2 files call the norm before the head `token_embd_norm`.
+    fn settle_output_norm(&mut self) {
+        if !self.catalog.architecture.starts_with("lfm2") {
+            return;
+        }
+        if let Some((index, _)) = self.catalog.tensor("token_embd_norm.weight") {
+            self.catalog.tensors[index].role = Role::OutputNorm;
+            self.meanings[index] = Meaning {
+                place: Place::Head,
+                role: Role::OutputNorm,
+                order: 0,
+                expert_index: None,
+            };
+        }
+    }
+
+    fn add_blocks(&mut self, owners: &mut Vec<(u32, Use)>) {
+        let drafting_from = match (self.catalog.block_count, self.drafting) {
+            (Some(blocks), drafting) if drafting > 0 && drafting < blocks => blocks - drafting,
+            _ => u64::MAX,
+        };
+        let mut blocks: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
+        for (index, meaning) in self.meanings.iter().enumerate() {
+            let used = self.catalog.tensors[index].extent.len_bytes > 0;
+            match meaning.place {
+                Place::Block(number) if u64::from(number) < drafting_from && used => {
+                    blocks.entry(number).or_default().push(index);
+                }
+                Place::Block(number) if u64::from(number) >= drafting_from => {
+                    self.catalog.tensors[index].role = Role::NextToken;
+                }
+                _ => {}
+            }
+        }
+        for (number, indices) in blocks {
+            let layer_index = self.catalog.layers.len() as u32;
+            let uses: Vec<Use> = indices.iter().map(|&index| self.whole(index)).collect();
+            for &index in &indices {
+                self.catalog.tensors[index].layers = Some(LayerSpan {
+                    first: layer_index,
+                    last: layer_index,
+                    rows_per_layer: 0,
+                });
+            }
+            self.push_layer(
+                LayerKind::Block(number),
+                format!("blk.{number}"),
+                uses,
+                owners,
+            );
+        }
+    }
+
+    /// The matrix of the head: `output`, or the token embedding where there is none and the model has an output norm (an
+    /// encoder has neither).
+    fn head_matrix(&self) -> Option<usize> {
+        let is_matrix = |tensor: &Tensor| tensor.dims >= 2 && tensor.extent.len_bytes > 0;
+        let with_role = |role: Role| {
+            self.catalog
+                .tensors
+                .iter()
+                .position(|tensor| tensor.role == role && is_matrix(tensor))
+        };
+        let has_norm = self
+            .catalog
+            .tensors
+            .iter()
+            .any(|tensor| tensor.role == Role::OutputNorm);
+        with_role(Role::Output).or_else(|| {
+            (has_norm && self.tied != Some(false))
+                .then(|| with_role(Role::TokenEmbedding))
+                .flatten()
+        })
+    }
+
+    fn add_head(&mut self, owners: &mut Vec<(u32, Use)>) {
+        let matrix = self.head_matrix();
+        let rest: Vec<usize> = (0..self.meanings.len())
+            .filter(|&index| self.meanings[index].place == Place::Head && Some(index) != matrix)
+            .filter(|&index| self.catalog.tensors[index].extent.len_bytes > 0)
+            .collect();
+        if matrix.is_none() && rest.is_empty() {
+            return;
+        }
+        self.catalog.tied_embeddings =
+            matrix.is_some_and(|index| self.catalog.tensors[index].role == Role::TokenEmbedding);
+        let first_layer = self.catalog.layers.len() as u32;
+        let pieces = matrix.map_or_else(
+            || vec![(0, 0, None)],
+            |index| self.head_pieces(index, &rest),
+        );
+        for (place, &(first_row, row_count, piece)) in pieces.iter().enumerate() {
+            let mut uses: Vec<Use> = piece.into_iter().collect();
+            if place == 0 {
+                uses.extend(rest.iter().map(|&index| self.whole(index)));
+            }
+            let label = match (matrix, pieces.len()) {
+                (None, _) => "output_norm".to_owned(),
+                (_, 1) => "output".to_owned(),
+                _ => format!("output[{first_row}..{}]", first_row + row_count),
+            };
+            let kind = LayerKind::Head {
+                first_row,
+                row_count,
+            };
+            self.push_layer(kind, label, uses, owners);
+        }
+        for &index in &rest {
+            self.catalog.tensors[index].layers = Some(LayerSpan {
+                first: first_layer,
+                last: first_layer,
+                rows_per_layer: 0,
+            });
+        }
+        if let Some(index) = matrix {
+            self.catalog.tensors[index].layers = Some(LayerSpan {
+                first: first_layer,
+                last: first_layer + pieces.len() as u32 - 1,
+                rows_per_layer: if pieces.len() > 1 { pieces[0].1 } else { 0 },
+            });
+        }
+    }
+
+    /// The pieces of the head's matrix: first row, rows, bytes.
+    fn head_pieces(&self, matrix: usize, rest: &[usize]) -> Vec<(u64, u64, Option<Use>)> {
+        let tensor = &self.catalog.tensors[matrix];
+        let rows = tensor.row_count();
+        let whole = Use {
+            order: 10,
+            ..self.whole(matrix)
+        };
+        let extra_bytes: u64 = rest
+            .iter()
+            .map(|&index| self.catalog.tensors[index].extent.len_bytes)
+            .sum();
+        let largest = self.catalog.layers.iter().map(|layer| layer.bytes).max();
+        let cut = tensor
+            .row_bytes()
+            .filter(|bytes| tensor.dims == 2 && bytes * rows == tensor.extent.len_bytes)
+            .and_then(|bytes| {
+                rows_per_piece(rows, bytes, extra_bytes, largest.unwrap_or(0))
+                    .map(|per_piece| (bytes, per_piece))
+            });
+        let Some((row_bytes, per_piece)) = cut else {
+            return vec![(0, rows, Some(whole))];
+        };
+        (0..rows.div_ceil(per_piece))
+            .map(|place| {
+                let first_row = place * per_piece;
+                let row_count = per_piece.min(rows - first_row);
+                let extent = Extent {
+                    offset_bytes: tensor.extent.offset_bytes + first_row * row_bytes,
+                    len_bytes: row_count * row_bytes,
+                    ..tensor.extent
+                };
+                (first_row, row_count, Some(Use { extent, ..whole }))
+            })
+            .collect()
+    }
+
+    fn whole(&self, index: usize) -> Use {
+        Use {
+            extent: self.catalog.tensors[index].extent,
+            tensor_index: index as u32,
+            order: self.meanings[index].order,
+        }
+    }
+
+    fn push_layer(
+        &mut self,
+        kind: LayerKind,
+        label: String,
+        mut uses: Vec<Use>,
+        owners: &mut Vec<(u32, Use)>,
+    ) {
+        uses.sort_unstable_by_key(|used| used.extent);
+        let index = self.catalog.layers.len() as u32;
+        owners.extend(uses.iter().map(|&used| (index, used)));
+        self.catalog.layers.push(Layer {
+            kind,
+            label,
+            extents: Vec::new(),
+            bytes: uses.iter().map(|used| used.extent.len_bytes).sum(),
+            uses,
+        });
+    }
+
+    /// Walks all uses in the order of the files: neighbours of one layer become one extent. What lies between two of them is
+    /// padding or the host's, never another layer's.
+    fn merge_extents(&mut self, mut owners: Vec<(u32, Use)>) {
+        owners.sort_unstable_by_key(|(_, used)| used.extent);
+        let mut previous = None;
+        for (layer_index, used) in owners {
+            let extents = &mut self.catalog.layers[layer_index as usize].extents;
+            match extents.last_mut() {
+                Some(last)
+                    if previous == Some(layer_index)
+                        && last.shard_index == used.extent.shard_index
+                        && used.extent.offset_bytes - last.end_bytes() < EXTENT_GAP_BYTES =>
+                {
+                    last.len_bytes = used.extent.end_bytes() - last.offset_bytes;
+                }
+                _ => extents.push(used.extent),
+            }
+            previous = Some(layer_index);
+        }
+    }
+
+    fn sum_up(&mut self) -> Result<()> {
+        let catalog = &mut self.catalog;
+        let mut types: BTreeMap<DType, TypeShare> = BTreeMap::new();
+        for (tensor, meaning) in catalog.tensors.iter_mut().zip(&self.meanings) {
+            tensor.host_kept = meaning.place == Place::Host;
+            let bytes = tensor.extent.len_bytes;
+            // Lengths are disjoint parts of files, so bytes cannot overflow; elements of ternary types are four per byte.
+            catalog.model_bytes += bytes;
+            catalog.parameter_count = catalog
+                .parameter_count
+                .saturating_add(tensor.element_count());
+            match (tensor.host_kept, tensor.layers) {
+                (true, _) => catalog.host_tensor_bytes += bytes,
+                (false, None) => catalog.unused_tensor_bytes += bytes,
+                _ => {}
+            }
+            let share = types.entry(tensor.dtype).or_insert(TypeShare {
+                dtype: tensor.dtype,
+                tensor_count: 0,
+                element_count: 0,
+                bytes: 0,
+            });
+            share.tensor_count += 1;
+            share.element_count = share.element_count.saturating_add(tensor.element_count());
+            share.bytes += bytes;
+        }
+        catalog.types = types.into_values().collect();
+        catalog
+            .types
+            .sort_by_key(|share| (std::cmp::Reverse(share.bytes), share.dtype));
+        if catalog.layers.is_empty() && catalog.model_bytes == 0 {
+            return Err(bad_format(
+                &catalog.shards[0].path,
+                "every tensor is empty; this is no model",
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn tensor(shard_index: u32, info: TensorInfo, meaning: Meaning) -> Tensor {
+    Tensor {
+        experts: experts(&info, meaning),
+        extent: Extent {
+            shard_index,
+            offset_bytes: info.offset_bytes,
+            len_bytes: info.len_bytes,
+        },
+        name: info.name,
+        dtype: info.dtype,
+        shape: info.shape,
+        dims: info.dims,
+        role: meaning.role,
+        host_kept: false,
+        layers: None,
+    }
+}
+
+/// One expert of its own, or a stack of them along the third dimension.
+fn experts(info: &TensorInfo, meaning: Meaning) -> Option<Experts> {
+    if !meaning.role.is_routed_expert() {
+        return None;
+    }
+    if let Some(first) = meaning.expert_index {
+        return Some(Experts { first, count: 1 });
+    }
+    let count = u32::try_from(info.shape[2]).ok()?;
+    (info.dims == 3 && count > 0 && info.len_bytes % u64::from(count) == 0)
+        .then_some(Experts { first: 0, count })
+}

@@ -1,0 +1,454 @@
+//! The budget: from what the user grants to what the weights may take, and back to the smallest grant that works.
+//!
+//! One meaning everywhere: `total_bytes` is everything the process may hold, `host_bytes` what it holds besides weights
+//! in flea's pools, and `weight_budget_bytes = total - host` covers resident pages, shared pages and the ring. An explicit
+//! figure that cannot be had is refused, never lowered. Part of plan: file -> catalog -> **plan** -> reader -> pool ->
+//! lease -> host.
+
+use super::{Plan, PlanOptions, plan, smallest_budget_bytes};
+use crate::error::{Error, ErrorKind, Result};
+use crate::model::{Catalog, Tensor};
+use crate::units::{HumanBytes, KIB, MIB, MemorySpec};
+
+/// What `host_bytes` holds back for everything nobody counted: stacks, allocator slack, the reader's ring.
+pub const HOST_RESERVE_BYTES: u64 = 32 * MIB;
+
+/// How one process divides its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Budget {
+    /// Everything the process may hold: `--memory`.
+    pub total_bytes: u64,
+    /// What it holds besides weights in flea's pools, [`HOST_RESERVE_BYTES`] included.
+    pub host_bytes: u64,
+    /// What is left for weights: resident pages, shared pages and the ring. `total_bytes - host_bytes`.
+    pub weight_budget_bytes: u64,
+}
+
+/// The division that `spec` asks for. `available_bytes` is the most this process may hold altogether: memory that is free
+/// under every limit above it, and what it holds already.
+///
+/// # Errors
+/// `Refused`, with the arithmetic, when more is asked for than is available or when the host alone needs all of it;
+/// `Invalid` for a percentage that is not a positive number.
+pub fn resolve(
+    spec: MemorySpec,
+    available_bytes: u64,
+    model_bytes: u64,
+    host_bytes: u64,
+) -> Result<Budget> {
+    let total_bytes = match spec {
+        MemorySpec::Auto => available_bytes,
+        MemorySpec::Bytes(total_bytes) => total_bytes,
+        MemorySpec::Percent(percent) => {
+            percent_of(model_bytes, percent)?.saturating_add(host_bytes)
+        }
+    };
+    if total_bytes > available_bytes {
+        return Err(refused(format!(
+            "{} of memory asked for ({total_bytes} bytes{}), but only {} ({available_bytes} bytes) can be had under the \
+             limits of this machine and its cgroups; give less, or free some",
+            HumanBytes(total_bytes),
+            percent_text(spec, model_bytes, host_bytes),
+            HumanBytes(available_bytes),
+        )));
+    }
+    if host_bytes >= total_bytes {
+        return Err(refused(format!(
+            "{} of memory ({total_bytes} bytes) leave nothing for weights: {} ({host_bytes} bytes) are needed besides \
+             them for the host's own memory, KV cache, compute and the weights it keeps",
+            HumanBytes(total_bytes),
+            HumanBytes(host_bytes),
+        )));
+    }
+    Ok(Budget {
+        total_bytes,
+        host_bytes,
+        weight_budget_bytes: total_bytes - host_bytes,
+    })
+}
+
+/// The budget for `spec` and the plan within it: [`resolve`], then [`plan`], with every refusal ending in the smallest
+/// total that works.
+///
+/// # Errors
+/// `Refused` when the grant is not there or too small, `Invalid` for options out of range.
+pub fn resolve_and_plan(
+    catalog: &Catalog,
+    spec: MemorySpec,
+    available_bytes: u64,
+    host_bytes: u64,
+    options: &PlanOptions,
+) -> Result<(Budget, Plan)> {
+    let smallest_bytes = smallest_budget_bytes(catalog, options)?;
+    let with_smallest = |error: Error| {
+        extend_refusal(
+            &error,
+            smallest_bytes,
+            host_bytes,
+            spec,
+            catalog.model_bytes,
+        )
+    };
+    let budget =
+        resolve(spec, available_bytes, catalog.model_bytes, host_bytes).map_err(with_smallest)?;
+    let plan = plan(catalog, budget.weight_budget_bytes, options).map_err(with_smallest)?;
+    Ok((budget, plan))
+}
+
+/// The smallest `--memory` that works: the smallest budget for weights, and the host.
+#[must_use]
+pub const fn smallest_total_bytes(smallest_budget_bytes: u64, host_bytes: u64) -> u64 {
+    let total_bytes = smallest_budget_bytes.saturating_add(host_bytes);
+    // Even a model without layers needs a total above what the host holds.
+    if smallest_budget_bytes == 0 {
+        total_bytes.saturating_add(1)
+    } else {
+        total_bytes
+    }
+}
+
+fn extend_refusal(
+    error: &Error,
+    smallest_bytes: u64,
+    host_bytes: u64,
+    spec: MemorySpec,
+    model_bytes: u64,
+) -> Error {
+    if error.kind() != ErrorKind::Refused {
+        return error.clone();
+    }
+    let total_bytes = smallest_total_bytes(smallest_bytes, host_bytes);
+    let percent = match spec {
+        MemorySpec::Percent(_) => smallest_percent(smallest_bytes, model_bytes)
+            .map_or_else(String::new, |percent| {
+                format!(", as a percentage {percent:.2}%")
+            }),
+        _ => String::new(),
+    };
+    refused(format!(
+        "{}; the smallest total that works is {} ({total_bytes} bytes{percent}): {} for weights and {} for the host",
+        error.context(),
+        HumanBytes(total_bytes),
+        HumanBytes(smallest_bytes),
+        HumanBytes(host_bytes),
+    ))
+}
+
+/// The smallest percentage with two places that gives `smallest_bytes`, as it would be typed in; `None` for a model of no
+/// bytes.
+fn smallest_percent(smallest_bytes: u64, model_bytes: u64) -> Option<f64> {
+    if model_bytes == 0 {
+        return None;
+    }
+    let exact = smallest_bytes as f64 / model_bytes as f64 * 10_000.0;
+    // Rounding may leave the first figure a byte short; the second is a hundredth of a percent larger.
+    let candidates = [exact.ceil() / 100.0, (exact.ceil() + 1.0) / 100.0];
+    let works = |percent: &f64| {
+        percent_of(model_bytes, *percent).is_ok_and(|bytes| bytes >= smallest_bytes)
+    };
+    candidates.into_iter().find(works)
+}
+
+fn refused(context: String) -> Error {
+    Error::new(ErrorKind::Refused, context)
+}
+
+/// `percent` of `model_bytes`, rounded down.
+fn percent_of(model_bytes: u64, percent: f64) -> Result<u64> {
+    if !(percent > 0.0 && percent.is_finite()) {
+        return Err(Error::new(
+            ErrorKind::Invalid,
+            format!("{percent}% of the model is not a budget; give a percentage above 0"),
+        ));
+    }
+    // A float-to-integer cast saturates; above 2^53 bytes the result is off by less than a page.
+    Ok((model_bytes as f64 * (percent / 100.0)) as u64)
+}
+
+fn percent_text(spec: MemorySpec, model_bytes: u64, host_bytes: u64) -> String {
+    match spec {
+        MemorySpec::Percent(percent) => format!(
+            ": {percent}% of the model's {} and {} for the host",
+            HumanBytes(model_bytes),
+            HumanBytes(host_bytes)
+        ),
+        _ => String::new(),
+    }
+}
+
+/// What a llama.cpp host holds besides the weights, in the numbers an estimate needs. For `flea plan`, which has no host
+/// to ask; `flea run` measures.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct HostShape {
+    /// Weights the host keeps itself.
+    pub host_tensor_bytes: u64,
+    /// Tokens of context.
+    pub context_count: u64,
+    /// Elements that all layers together keep in the KV cache per token: their K rows and their V rows.
+    pub kv_elements_per_token_count: u64,
+    /// Bytes of one such element; 2 for f16.
+    pub kv_element_bytes: u64,
+    /// Width of the hidden state.
+    pub embedding_count: u64,
+    /// Width of the feed-forward layer.
+    pub feed_forward_count: u64,
+    /// Tokens in the vocabulary.
+    pub vocabulary_count: u64,
+    /// Tokens of one ubatch.
+    pub ubatch_count: u64,
+}
+
+/// The program, its libraries and llama.cpp's own structures, without any model.
+const HOST_PROGRAM_BYTES: u64 = 32 * MIB;
+/// A token of the vocabulary as llama.cpp holds it: its text, two hash entries, score and attributes.
+const VOCABULARY_ENTRY_BYTES: u64 = 256;
+/// Bytes of an f32, in which ggml computes.
+const F32_BYTES: u64 = 4;
+
+impl HostShape {
+    /// The shape of a host of `catalog` for `context_count` tokens, read from the shapes of the tensors: what no metadata
+    /// key says for every architecture, the rows of the K and V projections do. Quantities that the names do not reveal
+    /// (a recurrent state, say) count as 0.
+    #[must_use]
+    pub fn of_catalog(catalog: &Catalog, context_count: u64, ubatch_count: u64) -> Self {
+        let mut shape = Self {
+            host_tensor_bytes: catalog.host_tensor_bytes,
+            context_count,
+            kv_element_bytes: 2,
+            ubatch_count,
+            ..Self::default()
+        };
+        for tensor in &catalog.tensors {
+            shape.take(tensor);
+        }
+        shape
+    }
+
+    fn take(&mut self, tensor: &Tensor) {
+        let [columns, rows, ..] = tensor.shape;
+        let name = tensor.name.as_str();
+        let is = |suffixes: &[&str]| suffixes.iter().any(|suffix| name.ends_with(suffix));
+        let kv_elements = if is(&[".attn_k.weight", ".attn_v.weight", ".attn_kv_a_mqa.weight"])
+            || is(&[".k_proj.weight", ".v_proj.weight"])
+        {
+            rows
+        } else if is(&[".attn_qkv.weight"]) {
+            // Q is as wide as the hidden state in the architectures that fuse; K and V are the rest.
+            rows.saturating_sub(columns)
+        } else {
+            0
+        };
+        self.kv_elements_per_token_count =
+            self.kv_elements_per_token_count.saturating_add(kv_elements);
+        if is(&[".ffn_up.weight", ".ffn_up_exps.weight", ".up_proj.weight"]) {
+            self.feed_forward_count = self.feed_forward_count.max(rows);
+        }
+        if is(&["token_embd.weight", "embed_tokens.weight"]) {
+            self.embedding_count = columns;
+            self.vocabulary_count = rows;
+        }
+    }
+
+    /// The KV cache, all of it: llama.cpp allocates the whole context at the start.
+    #[must_use]
+    pub fn kv_bytes(&self) -> u64 {
+        self.context_count
+            .saturating_mul(self.kv_elements_per_token_count)
+            .saturating_mul(self.kv_element_bytes)
+    }
+
+    /// ggml's compute memory for one ubatch: the larger of the logits (one row per token, reserved for the worst case)
+    /// and the widest stage of a layer (gate, up and their product, beside two hidden states).
+    #[must_use]
+    pub fn compute_bytes(&self) -> u64 {
+        let layer_count = self
+            .feed_forward_count
+            .saturating_mul(3)
+            .saturating_add(self.embedding_count.saturating_mul(2));
+        let logits_count = self.vocabulary_count.saturating_add(self.embedding_count);
+        self.ubatch_count
+            .saturating_mul(layer_count.max(logits_count))
+            .saturating_mul(F32_BYTES)
+    }
+
+    /// The estimate of `host_bytes`: kept weights, KV cache, compute, the program with its vocabulary, and
+    /// [`HOST_RESERVE_BYTES`].
+    #[must_use]
+    pub fn host_bytes(&self) -> u64 {
+        let vocabulary_bytes = self.vocabulary_count.saturating_mul(VOCABULARY_ENTRY_BYTES);
+        let sum = self
+            .host_tensor_bytes
+            .saturating_add(self.kv_bytes())
+            .saturating_add(self.compute_bytes())
+            .saturating_add(vocabulary_bytes)
+            .saturating_add(HOST_PROGRAM_BYTES + HOST_RESERVE_BYTES);
+        // Whole 64 KiB: an estimate should not look like a measurement.
+        sum.div_ceil(64 * KIB).saturating_mul(64 * KIB)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::plan::testing::{NASTY, any_case, even_catalog};
+    use crate::units::{GIB, PAGE_4K};
+
+    #[test]
+    fn an_explicit_total_is_taken_as_it_is_or_refused() {
+        let budget = resolve(MemorySpec::Bytes(4 * GIB), 8 * GIB, 20 * GIB, GIB).unwrap();
+        assert_eq!(
+            (budget.total_bytes, budget.weight_budget_bytes),
+            (4 * GIB, 3 * GIB)
+        );
+        let error = resolve(MemorySpec::Bytes(9 * GIB), 8 * GIB, 20 * GIB, GIB).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused);
+        for figure in [9 * GIB, 8 * GIB] {
+            assert!(
+                error.context().contains(&format!("{figure} bytes")),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn automatic_takes_what_is_available() {
+        let budget = resolve(MemorySpec::Auto, 8 * GIB, 20 * GIB, GIB).unwrap();
+        assert_eq!(
+            (budget.total_bytes, budget.weight_budget_bytes),
+            (8 * GIB, 7 * GIB)
+        );
+    }
+
+    #[test]
+    fn a_percentage_is_of_the_model_and_the_host_comes_on_top() {
+        let budget = resolve(MemorySpec::Percent(40.0), 16 * GIB, 10 * GIB, GIB).unwrap();
+        assert_eq!(
+            (budget.total_bytes, budget.weight_budget_bytes),
+            (5 * GIB, 4 * GIB)
+        );
+        let error = resolve(MemorySpec::Percent(40.0), 4 * GIB, 10 * GIB, GIB).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused);
+        assert!(
+            error.context().contains("40% of the model's 10.00 GiB"),
+            "{error}"
+        );
+        for nonsense in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+            let error = resolve(MemorySpec::Percent(nonsense), GIB, GIB, 0).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Invalid);
+        }
+        assert!(
+            resolve(
+                MemorySpec::Percent(1000.0),
+                u64::MAX - 1,
+                u64::MAX,
+                u64::MAX
+            )
+            .is_err()
+        );
+    }
+
+    #[test]
+    fn a_host_that_needs_everything_is_refused() {
+        for spec in [MemorySpec::Auto, MemorySpec::Bytes(2 * GIB)] {
+            for host_bytes in [2 * GIB, 3 * GIB] {
+                let error = resolve(spec, 2 * GIB, GIB, host_bytes).unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::Refused);
+                assert!(
+                    error.context().contains(&format!("{host_bytes} bytes")),
+                    "{error}"
+                );
+            }
+        }
+    }
+
+    /// The number in `text` between `before` and `after`.
+    fn figure<T: std::str::FromStr>(text: &str, before: &str, after: &str) -> Option<T> {
+        let (_, rest) = text.split_once(before)?;
+        rest.split_once(after)?.0.parse().ok()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Whatever is refused for being too little, the message names a total that works, and one byte less does not.
+        #[test]
+        fn the_total_named_in_a_refusal_works((catalog, options) in any_case(NASTY), host_bytes in 0..GIB) {
+            let available = u64::MAX;
+            let smallest = smallest_budget_bytes(&catalog, &options).unwrap();
+            for total in [0, host_bytes, host_bytes + smallest / 2] {
+                let given = resolve_and_plan(&catalog, MemorySpec::Bytes(total), available, host_bytes, &options);
+                let Err(error) = given else {
+                    prop_assert!(smallest <= total.saturating_sub(host_bytes));
+                    continue;
+                };
+                prop_assert_eq!(error.kind(), ErrorKind::Refused);
+                let (_, tail) = error.context().split_once("smallest total that works").unwrap();
+                let named: u64 = figure(tail, "(", " bytes").unwrap();
+                let (budget, _) =
+                    resolve_and_plan(&catalog, MemorySpec::Bytes(named), available, host_bytes, &options).unwrap();
+                prop_assert_eq!(budget.total_bytes, budget.host_bytes + budget.weight_budget_bytes);
+                prop_assert!(
+                    resolve_and_plan(&catalog, MemorySpec::Bytes(named - 1), available, host_bytes, &options).is_err()
+                );
+            }
+        }
+
+        #[test]
+        fn the_percentage_named_in_a_refusal_works((catalog, options) in any_case(NASTY), host_bytes in 0..GIB) {
+            let tiny = MemorySpec::Percent(0.0001);
+            let Err(error) = resolve_and_plan(&catalog, tiny, u64::MAX, host_bytes, &options) else {
+                return Ok(());
+            };
+            if error.kind() == ErrorKind::Refused && catalog.model_bytes > 0 {
+                let percent: f64 = figure(error.context(), "as a percentage ", "%").unwrap();
+                let spec = MemorySpec::Percent(percent);
+                prop_assert!(resolve_and_plan(&catalog, spec, u64::MAX, host_bytes, &options).is_ok(), "{}", error);
+            }
+        }
+    }
+
+    #[test]
+    fn a_refusal_for_want_of_memory_names_the_smallest_total_too() {
+        let catalog = even_catalog(10, &[(1, 10 * PAGE_4K)]);
+        let options = PlanOptions {
+            slots_count: 3,
+            page_bytes: PAGE_4K,
+        };
+        let asked = MemorySpec::Bytes(4 * GIB);
+        let error = resolve_and_plan(&catalog, asked, 2 * GIB, MIB, &options).unwrap_err();
+        let smallest = smallest_total_bytes(30 * PAGE_4K, MIB);
+        let named = format!(
+            "smallest total that works is {} ({smallest} bytes)",
+            HumanBytes(smallest)
+        );
+        assert!(error.context().contains(&named), "{error}");
+    }
+
+    /// Llama 3 8B at 4096 tokens: 32 layers of 8 KV heads of 128 make 512 MiB of cache; hidden states and logits of a
+    /// ubatch make 258.5 MiB, the compute memory that llama.cpp's log is known to name for this model.
+    #[test]
+    fn the_estimate_is_near_a_known_host() {
+        let shape = HostShape {
+            host_tensor_bytes: 0,
+            context_count: 4096,
+            kv_elements_per_token_count: 32 * 2 * 8 * 128,
+            kv_element_bytes: 2,
+            embedding_count: 4096,
+            feed_forward_count: 14336,
+            vocabulary_count: 128_256,
+            ubatch_count: 512,
+        };
+        assert_eq!(shape.kv_bytes(), 512 * MIB);
+        assert_eq!(shape.compute_bytes(), 512 * (128_256 + 4096) * 4);
+        assert_eq!(shape.compute_bytes(), 258 * MIB + MIB / 2);
+        let host_bytes = shape.host_bytes();
+        assert!(host_bytes > 512 * MIB + shape.compute_bytes() + HOST_RESERVE_BYTES);
+        let huge = HostShape {
+            context_count: u64::MAX,
+            ..shape
+        };
+        assert!(huge.host_bytes() >= u64::MAX - 64 * KIB);
+    }
+}

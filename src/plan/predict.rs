@@ -1,0 +1,239 @@
+//! The prediction: what a plan will do on a drive and a host of given speed.
+//!
+//! The bound is simple: a pass takes no less than its reads and no less than its compute. How near a ring of few slots
+//! comes to it is found by playing the pipeline: one drive that fills slots in the order of the pass, one host that
+//! computes a layer's resident part while the rest arrives. Part of plan: file -> catalog -> **plan** -> reader -> pool
+//! -> lease -> host.
+
+use std::collections::VecDeque;
+
+use super::{LayerPlan, Plan};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Passes played before the measured ones, so that the empty ring of the start is forgotten.
+const PASSES_BEFORE_COUNT: u32 = 4;
+/// Passes averaged. The pipeline may alternate between passes of slightly different length.
+const PASSES_MEASURED_COUNT: u32 = 8;
+
+/// What to expect of one pass, once the first few are over.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Prediction {
+    /// One pass: a token, or a batch of the prompt.
+    pub seconds_per_pass: f64,
+    /// Passes per second; `None` when a pass takes no time (nothing streamed, compute left out).
+    pub tokens_per_second: Option<f64>,
+    /// What reading alone takes: the streamed bytes at the drive's rate.
+    pub read_seconds: f64,
+    /// What computing alone takes, as given.
+    pub compute_seconds: f64,
+    /// The least a pass could take: the larger of the two.
+    pub bound_seconds: f64,
+    /// Time per pass in which the host waits for the drive.
+    pub stall_seconds: f64,
+    /// That time as a share of the pass, 0 to 1.
+    pub stall_share: f64,
+}
+
+/// Predicts a pass of `plan` on a drive of `read_bytes_per_second` and a host that needs `compute_seconds` per pass with
+/// all weights in memory, spread over the layers by their bytes.
+///
+/// # Errors
+/// `Invalid` for a rate that is not positive or a time that is negative or not finite.
+pub fn predict(
+    plan: &Plan,
+    read_bytes_per_second: f64,
+    compute_seconds: f64,
+) -> Result<Prediction> {
+    if !(read_bytes_per_second > 0.0 && read_bytes_per_second.is_finite()) {
+        return Err(invalid("a drive rate", read_bytes_per_second));
+    }
+    if !(compute_seconds >= 0.0 && compute_seconds.is_finite()) {
+        return Err(invalid("a compute time", compute_seconds));
+    }
+    let read_seconds = plan.streamed_bytes_per_pass as f64 / read_bytes_per_second;
+    let bound_seconds = read_seconds.max(compute_seconds);
+    let stages = stages(plan, read_bytes_per_second, compute_seconds);
+    // Sums of floats may fall short of the bound by their rounding.
+    let seconds_per_pass = play(&stages, plan.slots_count).max(bound_seconds);
+    let stall_seconds = seconds_per_pass - compute_seconds;
+    let is_timed = seconds_per_pass > 0.0;
+    Ok(Prediction {
+        seconds_per_pass,
+        tokens_per_second: is_timed.then(|| 1.0 / seconds_per_pass),
+        read_seconds,
+        compute_seconds,
+        bound_seconds,
+        stall_seconds,
+        stall_share: if is_timed {
+            stall_seconds / seconds_per_pass
+        } else {
+            0.0
+        },
+    })
+}
+
+fn invalid(what: &str, value: f64) -> Error {
+    Error::new(
+        ErrorKind::Invalid,
+        format!("{value} is not {what} to predict with"),
+    )
+}
+
+/// One layer in seconds.
+#[derive(Debug, Clone, Copy)]
+struct Stage {
+    /// Filling its slot; `None` when it is resident.
+    read: Option<f64>,
+    /// Computing with the resident part, possible before the read is done.
+    before: f64,
+    /// Computing with the rest.
+    after: f64,
+}
+
+fn stages(plan: &Plan, read_bytes_per_second: f64, compute_seconds: f64) -> Vec<Stage> {
+    let bytes = |layer: &LayerPlan| layer.resident_bytes as f64 + layer.transient_bytes as f64;
+    let all_bytes: f64 = plan.layers.iter().map(bytes).sum();
+    let seconds_per_byte = if all_bytes > 0.0 {
+        compute_seconds / all_bytes
+    } else {
+        0.0
+    };
+    let stage = |layer: &LayerPlan| Stage {
+        read: layer
+            .transient
+            .map(|_| layer.transient_bytes as f64 / read_bytes_per_second),
+        before: layer.resident_bytes as f64 * seconds_per_byte,
+        after: layer.transient_bytes as f64 * seconds_per_byte,
+    };
+    plan.layers.iter().map(stage).collect()
+}
+
+/// Seconds per pass of the settled pipeline. A read starts when the drive is free and the slot that was filled
+/// `slots_count` reads ago is released; a layer is released when it is computed.
+fn play(stages: &[Stage], slots_count: u32) -> f64 {
+    let mut drive_free = 0.0f64;
+    let mut host_free = 0.0f64;
+    // When the slots in use come free again, oldest first.
+    let mut releases: VecDeque<f64> = VecDeque::new();
+    let mut measured_from = 0.0;
+    for pass in 0..PASSES_BEFORE_COUNT + PASSES_MEASURED_COUNT {
+        if pass == PASSES_BEFORE_COUNT {
+            measured_from = host_free;
+        }
+        for stage in stages {
+            host_free += stage.before;
+            let Some(read) = stage.read else {
+                host_free += stage.after;
+                continue;
+            };
+            if releases.len() >= slots_count as usize {
+                let slot_free = releases.pop_front().unwrap_or(0.0);
+                drive_free = drive_free.max(slot_free);
+            }
+            drive_free += read;
+            host_free = host_free.max(drive_free) + stage.after;
+            releases.push_back(host_free);
+        }
+    }
+    (host_free - measured_from) / f64::from(PASSES_MEASURED_COUNT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::PageRun;
+
+    /// `count` layers of 100 bytes, of which `streamed` are streamed.
+    fn even_plan(count: u32, streamed: u64, slots_count: u32) -> Plan {
+        let layer = LayerPlan {
+            transient: (streamed > 0).then_some(PageRun {
+                shard_index: 0,
+                first_page: 0,
+                page_count: 1,
+            }),
+            transient_bytes: streamed,
+            resident_bytes: 100 - streamed,
+            slot_index: None,
+        };
+        Plan {
+            page_bytes: 4096,
+            slots_count,
+            slot_pages: u64::from(streamed > 0),
+            layers: vec![layer; count as usize],
+            resident: Vec::new(),
+            resident_bytes: 0,
+            ring_bytes: 0,
+            streamed_bytes_per_pass: u64::from(count) * streamed,
+            weight_budget_bytes: 0,
+            smallest_budget_bytes: 0,
+            always_resident_bytes: 0,
+        }
+    }
+
+    fn near(left: f64, right: f64) -> bool {
+        (left - right).abs() <= 1e-9 * right.abs().max(1.0)
+    }
+
+    #[test]
+    fn equal_layers_on_three_slots_reach_the_bound() {
+        for (rate, compute) in [(100.0, 0.5), (100.0, 40.0), (500.0, 4.0)] {
+            let prediction = predict(&even_plan(20, 50, 3), rate, compute).unwrap();
+            assert!(near(prediction.read_seconds, 1000.0 / rate));
+            assert!(near(prediction.bound_seconds, (1000.0 / rate).max(compute)));
+            assert!(
+                prediction.seconds_per_pass <= prediction.bound_seconds * 1.001,
+                "{prediction:?}"
+            );
+            assert!(near(
+                prediction.stall_seconds,
+                prediction.seconds_per_pass - compute
+            ));
+        }
+    }
+
+    /// With one slot drive and host take turns: the read of a layer waits for the compute of the one before.
+    #[test]
+    fn one_slot_takes_turns() {
+        let prediction = predict(&even_plan(10, 100, 1), 100.0, 10.0).unwrap();
+        assert!(near(prediction.bound_seconds, 10.0));
+        assert!(near(prediction.seconds_per_pass, 20.0), "{prediction:?}");
+        assert!(near(prediction.stall_share, 0.5));
+    }
+
+    /// A large resident layer between streamed ones leaves the drive idle once the ring is full.
+    #[test]
+    fn uneven_layers_stall_a_short_ring() {
+        let mut plan = even_plan(10, 100, 2);
+        plan.layers[9] = LayerPlan {
+            transient: None,
+            transient_bytes: 0,
+            resident_bytes: 900,
+            slot_index: None,
+        };
+        plan.streamed_bytes_per_pass = 900;
+        let short = predict(&plan, 100.0, 9.0).unwrap();
+        plan.slots_count = 9;
+        let long = predict(&plan, 100.0, 9.0).unwrap();
+        assert!(short.seconds_per_pass > long.seconds_per_pass + 1.0);
+        assert!(long.seconds_per_pass >= long.bound_seconds);
+    }
+
+    #[test]
+    fn a_resident_plan_computes_only() {
+        let prediction = predict(&even_plan(10, 0, 0), 100.0, 2.0).unwrap();
+        assert!(near(prediction.seconds_per_pass, 2.0));
+        assert!(prediction.stall_share < 1e-9);
+        let idle = predict(&even_plan(10, 0, 0), 100.0, 0.0).unwrap();
+        assert_eq!(idle.tokens_per_second, None);
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        let plan = even_plan(3, 50, 3);
+        for (rate, compute) in [(0.0, 1.0), (-1.0, 1.0), (f64::NAN, 1.0), (1.0, -1.0)] {
+            let error = predict(&plan, rate, compute).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Invalid);
+        }
+        assert!(predict(&plan, 1.0, f64::INFINITY).is_err());
+    }
+}

@@ -1,0 +1,98 @@
+//! What the integration tests share: the program under test, synthetic models, and a way to skip that is seen.
+
+#![allow(dead_code)]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// The program under test.
+pub fn flea() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_flea"));
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("FLEA_") {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
+/// Says why a test did not run. CI fails on every reason that is not in .ci/allowed-skips.txt.
+pub fn skip(reason: &str) {
+    println!("SKIP: {reason}");
+    eprintln!("SKIP: {reason}");
+}
+
+/// Where test models are kept between runs.
+pub fn models() -> PathBuf {
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("models");
+    std::fs::create_dir_all(&directory).expect("a directory for test models");
+    directory
+}
+
+/// A synthetic model, made once per set of arguments.
+pub fn synth(name: &str, arguments: &[&str]) -> PathBuf {
+    let key = arguments
+        .iter()
+        .flat_map(|argument| argument.bytes())
+        .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+    let path = models().join(format!("{name}-{key:016x}.gguf"));
+    if path.exists() {
+        return path;
+    }
+    // Written under a name of its own first: tests run at the same time and may want the same model.
+    let temporary = models().join(format!(
+        "{name}-{key:016x}-{}-{:?}.gguf",
+        std::process::id(),
+        std::thread::current().id()
+    ));
+    let output = flea()
+        .arg("synth")
+        .args(arguments)
+        .arg("-o")
+        .arg(&temporary)
+        .output()
+        .expect("flea runs");
+    assert!(
+        output.status.success(),
+        "flea synth {arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    std::fs::rename(&temporary, &path).expect("rename");
+    path
+}
+
+/// Runs the program and gives what it said.
+pub fn output(command: &mut Command) -> Output {
+    command
+        .output()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"))
+}
+
+/// Runs the program with --json and reads its one object. Panics, with all it said, unless it succeeded.
+pub fn json(command: &mut Command) -> serde_json::Value {
+    let output = output(command);
+    let (stdout, stderr) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    assert!(
+        output.status.success(),
+        "{command:?}: {}\n{stdout}\n{stderr}",
+        output.status
+    );
+    assert_eq!(
+        stdout.trim_end().lines().count(),
+        1,
+        "one object on one line and nothing else:\n{stdout}"
+    );
+    serde_json::from_str(stdout.trim()).unwrap_or_else(|error| panic!("{error}: {stdout}"))
+}
+
+/// A number of a JSON object.
+pub fn number(value: &serde_json::Value, key: &str) -> f64 {
+    value[key]
+        .as_f64()
+        .unwrap_or_else(|| panic!("{key} is missing in {value}"))
+}

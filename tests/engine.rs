@@ -1,0 +1,397 @@
+//! The engine against real files: every planned byte right, on both backings and both readers, over a range of budgets.
+
+mod common;
+
+use flea::engine::{BudgetSpec, Model, OpenOptions};
+use flea::io::{ReaderKind, ReaderOptions};
+use flea::mem::Backing;
+use flea::units::{Extent, MIB};
+use flea::{ErrorKind, plan};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// 12 layers of about 0.9 MB and a head: small enough for debug builds, large enough for 4 KiB pages to matter.
+fn small_model() -> PathBuf {
+    common::synth(
+        "engine",
+        &[
+            "--arch",
+            "llama",
+            "--layers",
+            "12",
+            "--embd",
+            "256",
+            "--ffn",
+            "704",
+            "--heads",
+            "4",
+            "--kv-heads",
+            "2",
+            "--vocab",
+            "2048",
+            "--type",
+            "q8_0",
+        ],
+    )
+}
+
+fn options(pool_bytes: u64) -> OpenOptions {
+    OpenOptions {
+        budget: BudgetSpec::Pool(pool_bytes),
+        ..OpenOptions::default()
+    }
+}
+
+/// The smallest pool that this model plans with.
+fn smallest(path: &Path, page_bytes: u64) -> u64 {
+    let (catalog, _) = flea::engine::read_catalog(path).expect("a model");
+    let options = plan::PlanOptions {
+        slots_count: 3,
+        page_bytes,
+    };
+    plan::smallest_budget_bytes(&catalog, &options).expect("it can be planned")
+}
+
+/// Compares every byte of an acquired layer with the file.
+#[allow(unsafe_code)]
+fn check_layer(model: &Model, path: &Path, layer: u32) {
+    let file = std::fs::File::open(path).expect("open");
+    for part in &model.catalog().layers[layer as usize].uses {
+        let Extent {
+            shard_index,
+            offset_bytes,
+            len_bytes,
+        } = part.extent;
+        let mut expected = vec![0u8; len_bytes as usize];
+        file.read_exact_at(&mut expected, offset_bytes)
+            .expect("read");
+        let address = model.address(shard_index, offset_bytes);
+        // SAFETY: the layer is acquired by the caller, so its bytes are mapped and stay.
+        let streamed = unsafe { std::slice::from_raw_parts(address, len_bytes as usize) };
+        assert!(
+            streamed == expected,
+            "layer {layer}: bytes at {offset_bytes} differ from the file"
+        );
+    }
+}
+
+fn walk(model: &Model, path: &Path, passes: u32) {
+    for _ in 0..passes {
+        for layer in 0..model.catalog().layers.len() as u32 {
+            model.acquire(layer, None, None).expect("acquire");
+            assert_eq!(
+                model.layer_of(
+                    model.address(
+                        0,
+                        model.catalog().layers[layer as usize].uses[0]
+                            .extent
+                            .offset_bytes
+                    ) as usize
+                ),
+                Some(layer)
+            );
+            check_layer(model, path, layer);
+            model.release(layer).expect("release");
+        }
+    }
+}
+
+#[test]
+fn every_byte_is_right_at_every_budget_on_both_backings_and_readers() {
+    let path = small_model();
+    for (backing, kind, page_bytes) in [
+        (Backing::Private, ReaderKind::IoUring, 4096),
+        (Backing::Private, ReaderKind::Pread, 2 * MIB),
+        (Backing::Shared, ReaderKind::IoUring, 4096),
+        (Backing::Shared, ReaderKind::Pread, 4096),
+    ] {
+        let least = smallest(&path, page_bytes);
+        let model_bytes = std::fs::metadata(&path).expect("metadata").len();
+        for pool_bytes in [
+            least,
+            least + model_bytes / 10,
+            model_bytes / 2 + least / 2,
+            model_bytes + 64 * MIB,
+        ] {
+            let model = Model::open(
+                &path,
+                OpenOptions {
+                    backing,
+                    page_bytes: Some(page_bytes),
+                    reader: ReaderOptions {
+                        kind,
+                        ..ReaderOptions::default()
+                    },
+                    ..options(pool_bytes)
+                },
+            )
+            .unwrap_or_else(|error| {
+                panic!("{backing:?} {kind:?} {page_bytes} {pool_bytes}: {error}")
+            });
+            walk(&model, &path, 3);
+            let (plan, stats) = (model.plan().expect("planned"), model.stats());
+            assert!(plan.resident_bytes + plan.ring_bytes <= pool_bytes);
+            let layers = plan.layers.len() as u64;
+            assert_eq!(stats.acquires, 3 * layers);
+            assert_eq!(stats.reader, kind);
+            assert_eq!(stats.mispredicts, 0);
+            let transient = plan
+                .layers
+                .iter()
+                .filter(|layer| layer.transient.is_some())
+                .count() as u64;
+            if pool_bytes < model_bytes {
+                assert!(transient > 0 && plan.streamed_bytes_per_pass > 0);
+                // Three passes and at most the ring read ahead of a fourth.
+                assert!(
+                    stats.loads >= 3 * transient - u64::from(plan.slots_count),
+                    "{stats:?}"
+                );
+                assert!(
+                    stats.loads <= 3 * transient + u64::from(plan.slots_count),
+                    "{stats:?}"
+                );
+            } else {
+                assert_eq!(
+                    (stats.loads, transient, plan.streamed_bytes_per_pass),
+                    (0, 0, 0)
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn threads_in_different_places_all_progress() {
+    let path = small_model();
+    let model = Model::open(&path, options(smallest(&path, 4096) + MIB)).expect("open");
+    let layers = model.catalog().layers.len() as u32;
+    std::thread::scope(|scope| {
+        for thread in 0..5u32 {
+            let (model, path) = (&model, &path);
+            scope.spawn(move || {
+                for step in 0..2 * layers {
+                    let layer = (step * (1 + thread % 3) + thread * 3) % layers;
+                    model
+                        .acquire(layer, None, Some(Duration::from_secs(30)))
+                        .expect("acquire");
+                    check_layer(model, path, layer);
+                    model.release(layer).expect("release");
+                }
+            });
+        }
+    });
+    let stats = model.stats();
+    assert_eq!(
+        (stats.acquires, stats.releases),
+        (u64::from(10 * layers), u64::from(10 * layers))
+    );
+}
+
+#[test]
+fn several_models_stream_in_one_process() {
+    let path = small_model();
+    let pool_bytes = smallest(&path, 4096);
+    let models: Vec<Model> = (0..3)
+        .map(|_| Model::open(&path, options(pool_bytes)).expect("open"))
+        .collect();
+    std::thread::scope(|scope| {
+        for model in &models {
+            let path = &path;
+            scope.spawn(move || walk(model, path, 2));
+        }
+    });
+    assert!(models.iter().all(|model| model.stats().loads > 0));
+}
+
+#[test]
+fn a_range_of_a_layer_can_be_acquired() {
+    let path = small_model();
+    let model = Model::open(&path, options(smallest(&path, 4096))).expect("open");
+    let last = model.catalog().layers.len() as u32 - 1;
+    for layer in [last, 3, 0] {
+        let extent = model.catalog().layers[layer as usize].uses[0].extent;
+        let address = model.address(extent.shard_index, extent.offset_bytes) as usize;
+        model
+            .acquire(layer, Some((address, extent.len_bytes as usize)), None)
+            .expect("its own bytes");
+        model.release(layer).expect("release");
+        let beyond = model
+            .acquire(layer, Some((address, 1 << 40)), None)
+            .unwrap_err();
+        assert_eq!(beyond.kind(), ErrorKind::Invalid);
+    }
+    assert_eq!(
+        model.acquire(0, Some((4096, 1)), None).unwrap_err().kind(),
+        ErrorKind::Invalid
+    );
+}
+
+#[test]
+fn misuse_is_an_error_and_never_a_hang() {
+    let path = small_model();
+    let model = Model::open(&path, options(smallest(&path, 4096))).expect("open");
+    let layers = model.catalog().layers.len() as u32;
+    assert_eq!(
+        model.acquire(layers, None, None).unwrap_err().kind(),
+        ErrorKind::Invalid
+    );
+    assert_eq!(model.release(0).unwrap_err().kind(), ErrorKind::Invalid);
+    assert_eq!(
+        model.hint(&[0, layers]).unwrap_err().kind(),
+        ErrorKind::Invalid
+    );
+    let plan = model.plan().expect("planned");
+    let streamed: Vec<u32> = (0..layers)
+        .filter(|layer| plan.layers[*layer as usize].transient.is_some())
+        .collect();
+    for layer in &streamed[..3] {
+        model.acquire(*layer, None, None).expect("acquire");
+    }
+    let busy = model.acquire(streamed[4], None, None).unwrap_err();
+    assert_eq!(
+        busy.kind(),
+        ErrorKind::Busy,
+        "three slots are held by this thread: {busy}"
+    );
+    // Another thread holds nothing, so it may wait; the time it gives is kept.
+    std::thread::scope(|scope| {
+        let other =
+            scope.spawn(|| model.acquire(streamed[4], None, Some(Duration::from_millis(50))));
+        assert_eq!(
+            other.join().expect("no panic").unwrap_err().kind(),
+            ErrorKind::Timeout
+        );
+    });
+    model.release(streamed[1]).expect("release");
+    model
+        .acquire(streamed[4], None, Some(Duration::from_secs(30)))
+        .expect("a slot is free now");
+}
+
+#[test]
+fn a_try_starts_the_read_and_says_again() {
+    let path = small_model();
+    let model = Model::open(&path, options(smallest(&path, 4096))).expect("open");
+    let last = model.catalog().layers.len() as u32 - 2;
+    let mut tries = 0;
+    while let Err(error) = model.acquire(last, None, Some(Duration::ZERO)) {
+        assert_eq!(error.kind(), ErrorKind::Again);
+        tries += 1;
+        assert!(tries < 10_000, "the layer never arrives");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(tries > 0, "the last layer cannot have been there at once");
+    check_layer(&model, &path, last);
+}
+
+#[test]
+fn a_budget_too_small_is_refused_with_the_arithmetic() {
+    let path = small_model();
+    let least = smallest(&path, 4096);
+    let error = Model::open(&path, options(least - 4096)).unwrap_err();
+    assert_eq!(
+        (error.kind(), error.kind().exit_code()),
+        (ErrorKind::Refused, 4),
+        "{error}"
+    );
+    assert!(error.to_string().contains("smallest"), "{error}");
+    Model::open(&path, options(least)).expect("the smallest budget works");
+}
+
+#[test]
+fn a_deferred_plan_counts_what_the_host_reserved() {
+    let path = small_model();
+    let options = OpenOptions {
+        defer_plan: true,
+        budget: BudgetSpec::Memory("900M".parse().expect("a size")),
+        ..OpenOptions::default()
+    };
+    options
+        .host_pending_bytes
+        .store(500 * MIB, std::sync::atomic::Ordering::Release);
+    let model = Model::open(&path, options).expect("open");
+    assert!(model.plan().is_none());
+    model.acquire(0, None, None).expect("acquire");
+    let budget = model.budget().expect("planned");
+    assert_eq!(budget.total_bytes, 900 * MIB);
+    assert!(budget.host_bytes >= 532 * MIB, "{budget:?}");
+    assert_eq!(
+        budget.weight_budget_bytes,
+        budget.total_bytes - budget.host_bytes
+    );
+}
+
+#[test]
+fn a_file_cut_while_streaming_is_an_error_with_its_name() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("cut.gguf");
+    std::fs::copy(small_model(), &path).expect("copy");
+    let model = Model::open(&path, options(smallest(&path, 4096))).expect("open");
+    walk(&model, &path, 1);
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(&path)
+        .expect("open");
+    file.set_len(1 << 20).expect("truncate");
+    let layers = model.catalog().layers.len() as u32;
+    let error = (0..2 * layers)
+        .find_map(|step| {
+            let layer = step % layers;
+            let result = model.acquire(layer, None, Some(Duration::from_secs(30)));
+            if result.is_ok() {
+                model.release(layer).expect("release");
+            }
+            result.err()
+        })
+        .expect("a truncated file must not go unnoticed");
+    assert!(
+        matches!(error.kind(), ErrorKind::Truncated | ErrorKind::Changed),
+        "{error:?}"
+    );
+    assert_eq!(error.kind().exit_code(), 5);
+    assert!(error.to_string().contains("cut.gguf"), "{error}");
+}
+
+#[test]
+fn a_file_deleted_while_streaming_goes_on() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("gone.gguf");
+    let original = small_model();
+    std::fs::copy(&original, &path).expect("copy");
+    let model = Model::open(&path, options(smallest(&path, 4096))).expect("open");
+    std::fs::remove_file(&path).expect("delete");
+    walk(&model, &original, 2);
+    assert!(model.stats().loads > 0);
+}
+
+#[test]
+fn closing_gives_everything_back() {
+    let path = small_model();
+    let count = |what: &str| {
+        std::fs::read_to_string(what)
+            .map(|text| text.lines().count())
+            .unwrap_or(0)
+    };
+    let fds = || {
+        std::fs::read_dir("/proc/self/fd")
+            .map(Iterator::count)
+            .unwrap_or(0)
+    };
+    let once = || drop(walk_and_drop(&path));
+    once();
+    let (maps, open) = (count("/proc/self/maps"), fds());
+    for _ in 0..5 {
+        once();
+    }
+    // Other tests of this process open and close things meanwhile; a leak of five models would be far more.
+    assert!(count("/proc/self/maps") < maps + 400, "mappings leak");
+    assert!(fds() < open + 40, "file descriptors leak");
+}
+
+fn walk_and_drop(path: &Path) -> u64 {
+    let model = Model::open(path, options(smallest(path, 4096))).expect("open");
+    walk(&model, path, 1);
+    model.stats().loads
+}

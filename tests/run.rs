@@ -1,0 +1,392 @@
+//! `flea run`, end to end: streamed logits are the resident ones bit for bit, and the counters prove that it streamed.
+
+mod common;
+
+use common::{flea, json, number, output, synth};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Ids that every synthetic vocabulary of these tests has.
+const PROMPT: &str = "1,300,301,302,303,304,305,306,307,308,309,310";
+
+/// A model small enough for a matrix of runs: 6 layers, rows of 256 (the k-quants want that), 600 tokens.
+fn tiny(arch: &str, dtype: &str) -> PathBuf {
+    let mut arguments = vec![
+        "--arch",
+        arch,
+        "--layers",
+        "6",
+        "--embd",
+        "256",
+        "--ffn",
+        "512",
+        "--heads",
+        "4",
+        "--kv-heads",
+        "2",
+    ];
+    arguments.extend(["--vocab", "800", "--type", dtype, "--seed", "7"]);
+    if arch == "mixtral" || arch == "qwen3moe" {
+        arguments.extend(["--experts", "4", "--experts-used", "2"]);
+    }
+    synth(&format!("{arch}-{dtype}"), &arguments)
+}
+
+fn run(model: &Path, arguments: &[&str]) -> Command {
+    let mut command = flea();
+    command.arg("run").arg(model).args([
+        "--prompt-tokens",
+        PROMPT,
+        "-n",
+        "12",
+        "--ignore-eos",
+        "--json",
+        "--threads",
+        "2",
+        "--ctx",
+        "512",
+    ]);
+    command.args(arguments);
+    command
+}
+
+/// The smallest weight budget that plans, as a percentage of the model for --memory.
+fn smallest_percent(model: &Path) -> String {
+    let plan = json(
+        flea()
+            .arg("plan")
+            .arg(model)
+            .args(["--memory", "400%", "--json"]),
+    );
+    let percent = number(&plan, "smallest_budget_bytes") / number(&plan, "model_bytes") * 100.0;
+    format!("{:.3}%", percent + 0.001)
+}
+
+/// What must hold for every run that streamed.
+fn assert_streamed(result: &Value) {
+    let (resident, model) = (
+        number(result, "resident_bytes"),
+        number(result, "model_bytes"),
+    );
+    assert!(resident < model, "{result}");
+    assert!(
+        number(result, "acquires") > 0.0 && number(result, "loads") > 0.0,
+        "{result}"
+    );
+    assert!(
+        number(result, "bytes_read") > number(result, "streamed_bytes_per_pass"),
+        "{result}"
+    );
+}
+
+fn assert_same(reference: &Value, streamed: &Value, what: &str) {
+    assert_eq!(
+        reference["logits_hash"], streamed["logits_hash"],
+        "{what}: logits differ"
+    );
+    assert_eq!(reference["token_ids"], streamed["token_ids"], "{what}");
+    assert_eq!(
+        streamed["token_ids"].as_array().map(Vec::len),
+        Some(12),
+        "{what}"
+    );
+}
+
+fn check_architecture(arch: &str, dtypes: &[&str]) {
+    for dtype in dtypes {
+        let model = tiny(arch, dtype);
+        let reference = json(&mut run(&model, &["--no-stream"]));
+        assert_eq!(number(&reference, "acquires"), 0.0);
+        let least = smallest_percent(&model);
+        for (index, memory) in [least.as_str(), "60%", "90%", "110%"]
+            .into_iter()
+            .enumerate()
+        {
+            // The pairings rotate, so that every backing and reader meets every architecture without a run for each.
+            let (backing, reader) = [
+                ("private", "io_uring"),
+                ("shared", "pread"),
+                ("private", "pread"),
+                ("shared", "io_uring"),
+            ][index];
+            let what = format!("{arch} {dtype} {memory} {backing} {reader}");
+            let result = json(&mut run(
+                &model,
+                &["--memory", memory, "--backing", backing, "--reader", reader],
+            ));
+            assert_same(&reference, &result, &what);
+            assert_eq!(result["reader"], reader, "{what}");
+            assert!(number(&result, "acquires") >= 12.0, "{what}");
+            if memory != "110%" {
+                assert_streamed(&result);
+            }
+        }
+    }
+}
+
+#[test]
+fn llama_is_bit_identical() {
+    check_architecture("llama", &["f16", "bf16", "q8_0", "q4_0", "q4_k_m", "q6_k"]);
+}
+
+#[test]
+fn qwen2_is_bit_identical() {
+    check_architecture("qwen2", &["q8_0", "q4_k_m"]);
+}
+
+#[test]
+fn qwen3_is_bit_identical() {
+    check_architecture("qwen3", &["bf16", "q4_0"]);
+}
+
+#[test]
+fn gemma3_is_bit_identical() {
+    check_architecture("gemma3", &["f16", "q6_k"]);
+}
+
+#[test]
+fn mixtral_is_bit_identical() {
+    check_architecture("mixtral", &["q8_0", "q4_k_m"]);
+}
+
+#[test]
+fn qwen3moe_is_bit_identical() {
+    check_architecture("qwen3moe", &["f16", "q4_0"]);
+}
+
+#[test]
+fn tied_and_untied_heads_are_bit_identical() {
+    for tied in [&["--tied"][..], &[]] {
+        let mut arguments = vec![
+            "--arch",
+            "llama",
+            "--layers",
+            "5",
+            "--embd",
+            "256",
+            "--ffn",
+            "512",
+            "--heads",
+            "4",
+            "--kv-heads",
+            "4",
+        ];
+        // A head several times larger than a layer is cut by rows; 4003 rows cannot be cut evenly.
+        arguments.extend(["--vocab", "4003", "--type", "f16", "--seed", "3"]);
+        arguments.extend(tied);
+        let model = synth("head", &arguments);
+        let catalog = json(flea().arg("inspect").arg(&model).arg("--json"));
+        let reference = json(&mut run(&model, &["--no-stream"]));
+        let result = json(&mut run(&model, &["--memory", &smallest_percent(&model)]));
+        assert_same(&reference, &result, &format!("tied={tied:?} {catalog}"));
+        assert_streamed(&result);
+    }
+}
+
+#[test]
+fn a_prompt_longer_than_a_ubatch_is_bit_identical() {
+    let model = tiny("llama", "q4_k_m");
+    let ids: Vec<String> = (0..150u32)
+        .map(|index| (260 + index * 7 % 500).to_string())
+        .collect();
+    let prompt = ids.join(",");
+    let command = |extra: &[&str]| {
+        let mut command = flea();
+        command.arg("run").arg(&model).args([
+            "--prompt-tokens",
+            &prompt,
+            "-n",
+            "12",
+            "--ignore-eos",
+            "--json",
+            "--threads",
+            "2",
+        ]);
+        command.args(["--ctx", "512", "--ubatch", "32"]).args(extra);
+        command
+    };
+    let reference = json(&mut command(&["--no-stream"]));
+    let result = json(&mut command(&["--memory", "70%"]));
+    assert_same(&reference, &result, "5 ubatches");
+    assert_streamed(&result);
+    // 5 passes for the prompt and 11 for the tokens after the first.
+    let plan_layers = number(&result, "acquires") / 16.0;
+    assert_eq!(
+        plan_layers.fract(),
+        0.0,
+        "every pass acquires every layer once: {result}"
+    );
+}
+
+#[test]
+fn the_counters_agree_with_the_plan_and_with_the_kernel() {
+    let model = tiny("llama", "f16");
+    let result = json(&mut run(&model, &["--memory", "60%"]));
+    let plan = json(
+        flea()
+            .arg("plan")
+            .arg(&model)
+            .args(["--memory", "60%", "--json"]),
+    );
+    assert_eq!(
+        number(&plan, "resident_bytes"),
+        number(&result, "resident_bytes")
+    );
+    assert_eq!(
+        number(&plan, "streamed_bytes_per_pass"),
+        number(&result, "streamed_bytes_per_pass")
+    );
+    let transient = number(&plan, "transient_layers_count");
+    let (loads, passes) = (number(&result, "loads"), 12.0);
+    assert!(
+        (loads - transient * passes).abs() <= number(&plan, "slots_count"),
+        "{loads} loads, {transient} layers: {result}"
+    );
+    let expected = number(&plan, "resident_bytes")
+        + loads * number(&plan, "streamed_bytes_per_pass") / transient;
+    let read = number(&result, "bytes_read");
+    assert!(
+        (read / expected - 1.0).abs() < 0.05,
+        "{read} bytes read, the plan says {expected}"
+    );
+}
+
+#[test]
+fn bytes_read_is_what_the_kernel_counts() {
+    let model = synth(
+        "proc-io",
+        &[
+            "--arch", "llama", "--size", "300MiB", "--type", "q8_0", "--vocab", "1000",
+        ],
+    );
+    let mut child = flea()
+        .arg("bench")
+        .arg("stream")
+        .arg(&model)
+        .args(["--memory", "40%", "--passes", "6", "--json", "--proc-io"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .expect("flea runs");
+    let text = std::io::read_to_string(child.stdout.take().expect("stdout")).expect("UTF-8");
+    assert!(child.wait().expect("it ends").success());
+    let result: Value = serde_json::from_str(text.trim()).expect("JSON");
+    if result["direct_io"] != true {
+        common::skip("the kernel counts O_DIRECT reads only, and this filesystem has no O_DIRECT");
+        return;
+    }
+    let (ours, kernel) = (
+        number(&result, "bytes_read"),
+        number(&result, "proc_io_read_bytes"),
+    );
+    assert!(
+        (ours / kernel - 1.0).abs() < 0.02,
+        "flea counts {ours}, /proc/self/io {kernel}"
+    );
+}
+
+#[test]
+fn two_prompts_give_different_logits() {
+    let model = tiny("llama", "q8_0");
+    let one = json(&mut run(&model, &["--memory", "60%"]));
+    let mut command = flea();
+    command.arg("run").arg(&model).args([
+        "--prompt-tokens",
+        "1,400,401",
+        "-n",
+        "12",
+        "--ignore-eos",
+        "--json",
+        "--memory",
+        "60%",
+        "--ctx",
+        "512",
+    ]);
+    let other = json(&mut command);
+    assert_ne!(one["logits_hash"], other["logits_hash"]);
+}
+
+#[test]
+fn the_logits_file_holds_one_row_per_token() {
+    let model = tiny("llama", "q8_0");
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("logits");
+    json(run(&model, &["--memory", "60%"]).arg("--logits").arg(&file));
+    let bytes = std::fs::read(&file).expect("the logits");
+    assert_eq!(bytes.len(), 12 * 800 * 4);
+    let values: Vec<f32> = bytes
+        .chunks_exact(4)
+        .map(|raw| f32::from_le_bytes(raw.try_into().unwrap()))
+        .collect();
+    assert!(values.iter().all(|value| value.is_finite()));
+    assert!(values.iter().any(|value| *value != values[0]));
+}
+
+#[cfg(feature = "faults")]
+mod faults {
+    use super::*;
+
+    #[test]
+    fn a_flipped_byte_in_a_transient_page_changes_the_logits() {
+        let model = tiny("llama", "f16");
+        let memory = smallest_percent(&model);
+        let reference = json(&mut run(&model, &["--memory", &memory]));
+        let plan = json(
+            flea()
+                .arg("plan")
+                .arg(&model)
+                .args(["--memory", &memory, "--json", "--layers"]),
+        );
+        let layer = plan["layers"]
+            .as_array()
+            .expect("layers")
+            .iter()
+            .find(|layer| !layer["transient"].is_null())
+            .expect("a streamed layer");
+        let run_of = &layer["transient"];
+        let offset = (number(run_of, "first_page") + number(run_of, "page_count") / 2.0).floor()
+            * number(&plan, "page_bytes")
+            + 1.0;
+        let flipped =
+            json(run(&model, &["--memory", &memory]).env("FLEA_FAULT", format!("flip=0:{offset}")));
+        assert_ne!(
+            reference["logits_hash"], flipped["logits_hash"],
+            "a byte at {offset} was flipped"
+        );
+    }
+
+    #[test]
+    fn delay_poison_short_reads_and_retries_change_nothing() {
+        let model = tiny("llama", "f16");
+        let reference = json(&mut run(&model, &["--no-stream"]));
+        for (reader, backing) in [("io_uring", "private"), ("pread", "shared")] {
+            for fault in [
+                "delay_ms=3,poison",
+                "poison,short_every=3",
+                "eio_every=5,poison",
+            ] {
+                let arguments = ["--memory", "60%", "--reader", reader, "--backing", backing];
+                let result = json(run(&model, &arguments).env("FLEA_FAULT", fault));
+                assert_same(&reference, &result, &format!("{fault} {reader} {backing}"));
+                assert_streamed(&result);
+            }
+        }
+    }
+
+    /// The proof that the comparisons above can fail: without the wait in acquire they do.
+    #[test]
+    fn without_the_wait_the_output_is_wrong_or_the_mmu_stops_it() {
+        let model = tiny("llama", "f16");
+        let reference = json(&mut run(&model, &["--no-stream"]));
+        let ended = output(
+            run(&model, &["--memory", "60%"]).env("FLEA_FAULT", "nowait,poison,delay_ms=20"),
+        );
+        if ended.status.success() {
+            let result: Value = serde_json::from_slice(&ended.stdout).expect("JSON");
+            assert_ne!(
+                reference["logits_hash"], result["logits_hash"],
+                "the wait does nothing"
+            );
+        }
+    }
+}
