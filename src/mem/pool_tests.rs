@@ -297,6 +297,11 @@ fn wrong_aims_are_refused_and_harm_nothing() {
     stamp(target, &plan, 0, 0..2, true);
     pool.aim(0, &run(6, 2)).unwrap();
     pool.aim(1, &run(2, 2)).unwrap();
+    for not_resident in [run(2, 1), run(0, 3), run(1 << 50, 1)] {
+        let error = pool.publish_resident(&not_resident).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+    }
+    pool.publish_resident(&run(1, 1)).unwrap();
     assert!(pool.resident_target(&run(2, 1)).is_null());
     assert!(pool.resident_target(&run(0, 3)).is_null());
     assert_eq!(
