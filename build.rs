@@ -41,6 +41,8 @@ mod device {
             .warnings(true)
             .extra_warnings(true)
             .compile("ggml_flea");
+        // llama.cpp's loader reads through src/host/file.rs.
+        println!("cargo:rustc-link-arg=-Wl,--wrap=fread");
     }
 
     fn sources(folder: &Path) -> Vec<PathBuf> {

@@ -33,7 +33,7 @@ export OMP_WAIT_POLICY=passive
 log=$target/test-output.log
 : >"$log"
 run() { # Output of passing tests is wanted too: it holds the reasons of what was skipped.
-  cargo test --locked "$@" -- --show-output 2>&1 | tee -a "$log"
+  cargo test --locked --no-fail-fast "$@" -- --show-output 2>&1 | tee -a "$log"
 }
 # The rooms with debug assertions and overflow checks, then everything as it is shipped, plus fault injection.
 run --no-default-features --features cli,faults --lib "$@"

@@ -4,12 +4,14 @@
 //! offset, once as rows the host keeps, once as a head that flea streams. Invariant: no byte is written into a window.
 //! Stands beside the last step of `file -> catalog -> plan -> reader -> pool -> lease -> host`.
 //!
-//! The stream is unbuffered: glibc would otherwise copy the tail of every read through its own memory into the
-//! destination, which for a window without memory is a fault.
+//! glibc copies everything a custom stream reads through its own memory into the destination, and a window without memory
+//! faults on that. So the program is linked with `--wrap=fread` (build.rs): llama.cpp's fread calls come to
+//! [`__wrap_fread`] first, which knows our streams and passes all others on. Only seek and tell go through the stream.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::header::{Source, VirtualFile};
@@ -49,7 +51,17 @@ struct CookieFunctions {
     close: Option<extern "C" fn(*mut c_void) -> c_int>,
 }
 
+/// Our open streams and the addresses of their states.
+static STREAMS: Mutex<Vec<(usize, usize)>> = Mutex::new(Vec::new());
+
 unsafe extern "C" {
+    /// libc's own fread, under the name `--wrap` gives it.
+    fn __real_fread(
+        target: *mut c_void,
+        size: usize,
+        count: usize,
+        stream: *mut libc::FILE,
+    ) -> usize;
     fn fopencookie(
         cookie: *mut c_void,
         mode: *const c_char,
@@ -88,22 +100,22 @@ impl ModelFile {
             error: None,
         });
         let functions = CookieFunctions {
-            read: Some(on_read),
+            // Nothing reads through libc: were the program linked without --wrap, loading fails instead of faulting.
+            read: None,
             write: None,
             seek: Some(on_seek),
             close: None,
         };
         let cookie = std::ptr::from_mut(state.as_mut()).cast::<c_void>();
         // SAFETY: the mode is a C string; the cookie is a boxed State that outlives the stream: Drop closes the stream first,
-        // and nothing else borrows it while a callback runs (callbacks run inside libc calls on the stream only).
+        // and nothing else borrows it while a call on the stream runs.
         let stream = unsafe { fopencookie(cookie, c"rb".as_ptr(), functions) };
         if stream.is_null() {
             return Err(
                 Error::last_os("open a stream over the model").with_kind(ErrorKind::NoMemory)
             );
         }
-        // SAFETY: the stream is open and nothing has been read from it yet, as setvbuf demands.
-        unsafe { libc::setvbuf(stream, std::ptr::null_mut(), libc::_IONBF, 0) };
+        streams().push((stream as usize, cookie as usize));
         Ok(Self { stream, state })
     }
 
@@ -132,6 +144,7 @@ impl ModelFile {
 
 impl Drop for ModelFile {
     fn drop(&mut self) {
+        streams().retain(|(stream, _)| *stream != self.stream as usize);
         // SAFETY: the stream was opened by fopencookie and is closed once; the cookie is still alive.
         unsafe { libc::fclose(self.stream) };
     }
@@ -140,26 +153,43 @@ impl Drop for ModelFile {
 /// The State behind a cookie.
 ///
 /// # Safety
-/// `cookie` is the pointer given to fopencookie by [`ModelFile::open`].
+/// `cookie` is the pointer given to fopencookie by [`ModelFile::open`], and the stream is not used by two threads at once.
 unsafe fn state<'a>(cookie: *mut c_void) -> &'a mut State {
-    // SAFETY: promised by the caller; libc locks the stream during a callback, so there is one reference at a time.
+    // SAFETY: promised by the caller; one thread loads, so there is one reference at a time.
     unsafe { &mut *cookie.cast::<State>() }
 }
 
-fn set_errno(errno: c_int) {
-    // SAFETY: __errno_location gives the calling thread's own errno.
-    unsafe { *libc::__errno_location() = errno };
+fn streams() -> std::sync::MutexGuard<'static, Vec<(usize, usize)>> {
+    STREAMS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-extern "C" fn on_read(cookie: *mut c_void, target: *mut c_char, len_bytes: usize) -> isize {
-    // SAFETY: libc passes the cookie of this stream.
-    let state = unsafe { state(cookie) };
+/// Every `fread` of the program: ours are served here, others by libc.
+///
+/// # Safety
+/// As `fread`.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn __wrap_fread(
+    target: *mut c_void,
+    size: usize,
+    count: usize,
+    stream: *mut libc::FILE,
+) -> usize {
+    let cookie = streams()
+        .iter()
+        .find(|(known, _)| *known == stream as usize)
+        .map(|(_, state)| *state);
+    let Some(cookie) = cookie else {
+        // SAFETY: the caller's own promise.
+        return unsafe { __real_fread(target, size, count, stream) };
+    };
+    let Some(len_bytes) = size.checked_mul(count).filter(|len_bytes| *len_bytes > 0) else {
+        return 0;
+    };
+    // SAFETY: the stream is open, so its state is alive.
+    let state = unsafe { state(cookie as *mut c_void) };
     let outcome = catch_unwind(AssertUnwindSafe(|| {
-        let inside = state
-            .in_window
-            .as_ref()
-            .is_some_and(|in_window| in_window(target.cast_const().cast()));
-        if inside {
+        let in_window = |in_window: &InWindow| in_window(target.cast_const());
+        if state.in_window.as_ref().is_some_and(in_window) {
             return Ok(state.skip(len_bytes));
         }
         // SAFETY: fread's caller promises len_bytes writable bytes at target, and they are not a window's.
@@ -167,16 +197,12 @@ extern "C" fn on_read(cookie: *mut c_void, target: *mut c_char, len_bytes: usize
         state.read(target)
     }));
     match outcome {
-        Ok(Ok(read)) => isize::try_from(read).unwrap_or(isize::MAX),
+        Ok(Ok(read_bytes)) => read_bytes / size,
         Ok(Err(error)) => {
-            set_errno(error.errno().unwrap_or(libc::EIO));
             state.error.get_or_insert(error);
-            -1
+            0
         }
-        Err(_) => {
-            set_errno(libc::EIO);
-            -1
-        }
+        Err(_) => 0,
     }
 }
 
@@ -268,5 +294,127 @@ impl State {
         let taken = len_bytes.min(self.piece.len() - piece_offset);
         target[..taken].copy_from_slice(&self.piece[piece_offset..piece_offset + taken]);
         Ok(taken)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    const MODEL_BYTES: usize = 3 << 20;
+
+    fn byte_at(offset: usize) -> u8 {
+        (offset % 251) as u8
+    }
+
+    fn model() -> (tempfile::TempDir, ShardFile) {
+        let folder = tempfile::tempdir().expect("a temporary directory");
+        let path = folder.path().join("model");
+        let bytes: Vec<u8> = (0..MODEL_BYTES).map(byte_at).collect();
+        let mut file = std::fs::File::create(&path).expect("create");
+        file.write_all(&bytes).expect("write");
+        file.sync_all().expect("sync");
+        let shard = ShardFile::open(&path).expect("open");
+        (folder, shard)
+    }
+
+    fn seek(file: &ModelFile, offset: i64, whence: c_int) -> i64 {
+        // SAFETY: the stream is open.
+        unsafe {
+            assert_eq!(libc::fseeko(file.stream(), offset, whence), 0);
+            libc::ftello(file.stream())
+        }
+    }
+
+    /// Memory that faults on any touch.
+    struct Forbidden(*mut c_void, usize);
+
+    impl Forbidden {
+        fn new(len_bytes: usize) -> Self {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            // SAFETY: a fresh anonymous mapping wherever the kernel likes.
+            let address = unsafe {
+                libc::mmap(
+                    std::ptr::null_mut(),
+                    len_bytes,
+                    libc::PROT_NONE,
+                    flags,
+                    -1,
+                    0,
+                )
+            };
+            assert_ne!(address, libc::MAP_FAILED);
+            Self(address, len_bytes)
+        }
+    }
+
+    impl Drop for Forbidden {
+        fn drop(&mut self) {
+            // SAFETY: mapped in new, unmapped once.
+            unsafe { libc::munmap(self.0, self.1) };
+        }
+    }
+
+    #[test]
+    fn a_read_into_a_window_touches_nothing_and_the_next_read_goes_on_behind_it() {
+        let (_folder, shard) = model();
+        let window = Forbidden::new(2 << 20);
+        let start = window.0 as usize;
+        let in_window: InWindow = Box::new(move |address| address as usize == start);
+        let file = ModelFile::open(
+            VirtualFile::plain(MODEL_BYTES as u64),
+            vec![shard],
+            Some(in_window),
+        )
+        .expect("a stream");
+        assert_eq!(seek(&file, 0, libc::SEEK_END), MODEL_BYTES as i64);
+        assert_eq!(seek(&file, 1000, libc::SEEK_SET), 1000);
+        // An odd length: a stream that copies even the tail would fault.
+        let odd = (1 << 20) + 777;
+        // SAFETY: the callback never writes into the forbidden memory; a write would fault and fail the test.
+        let read = unsafe { libc::fread(window.0, odd, 1, file.stream()) };
+        assert_eq!((read, file.skipped_bytes()), (1, odd as u64));
+        let mut bytes = vec![0_u8; 700_001];
+        // SAFETY: the vector has the bytes asked for.
+        let read = unsafe { libc::fread(bytes.as_mut_ptr().cast(), bytes.len(), 1, file.stream()) };
+        assert_eq!(read, 1);
+        for (index, byte) in bytes.iter().enumerate() {
+            assert_eq!(*byte, byte_at(1000 + odd + index), "byte {index}");
+        }
+    }
+
+    #[test]
+    fn small_reads_come_from_one_piece() {
+        let (_folder, shard) = model();
+        let file = ModelFile::open(VirtualFile::plain(MODEL_BYTES as u64), vec![shard], None)
+            .expect("a stream");
+        for offset in 0..1000_usize {
+            let mut byte = 0_u8;
+            // SAFETY: one byte is asked for and there is room for one.
+            let read = unsafe { libc::fread((&raw mut byte).cast(), 1, 1, file.stream()) };
+            assert_eq!((read, byte), (1, byte_at(offset)));
+        }
+        assert_eq!(file.read_bytes(), PIECE_BYTES as u64);
+    }
+
+    #[test]
+    fn a_shard_that_shrank_is_named() {
+        let (folder, shard) = model();
+        let path = folder.path().join("model");
+        let mut file = ModelFile::open(VirtualFile::plain(MODEL_BYTES as u64), vec![shard], None)
+            .expect("a stream");
+        std::fs::OpenOptions::new()
+            .write(true)
+            .open(&path)
+            .and_then(|file| file.set_len(4096))
+            .expect("truncate");
+        let mut bytes = vec![0_u8; MODEL_BYTES];
+        // SAFETY: the vector has the bytes asked for.
+        let read = unsafe { libc::fread(bytes.as_mut_ptr().cast(), bytes.len(), 1, file.stream()) };
+        assert_eq!(read, 0);
+        let error = file.take_error().expect("the read failed");
+        assert!(error.to_string().contains("model"), "{error}");
+        assert_eq!(error.kind().exit_code(), 5, "{error}");
     }
 }

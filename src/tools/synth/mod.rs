@@ -11,7 +11,7 @@ pub mod tensors;
 mod vocab;
 
 use std::collections::HashMap;
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,8 +30,6 @@ use crate::units::MIB;
 
 /// Pools are about this long: long enough that the rows of a matrix differ, short enough to be drawn in no time.
 const POOL_BYTES: u64 = 4 * MIB;
-/// One write.
-const WRITE_BYTES: usize = 8 << 20;
 /// The number in a shard's name has five digits, the key 16 bits.
 const SHARDS_MAX: usize = 65_535;
 
@@ -286,7 +284,6 @@ fn write_shard(
         }
     };
     let output = OutputFile::create(&shard.path, shard.bytes, spec.force)?;
-    let output = BufWriter::with_capacity(WRITE_BYTES, output);
     let announced = shard
         .tensors
         .iter()
@@ -303,13 +300,7 @@ fn write_shard(
         .map_err(context)?;
     }
     let mut output = writer.finish().map_err(context)?;
-    output
-        .flush()
-        .map_err(|error| context(Error::from_io(&error, "write")))?;
-    let mut output = output
-        .into_inner()
-        .map_err(|error| context(Error::from_io(error.error(), "write")))?;
-    output.sync()?;
+    output.sync().map_err(context)?;
     Ok(output)
 }
 

@@ -465,11 +465,12 @@ fn miss(reached: u64, wanted: u64) -> f64 {
     (reached as f64 / wanted.max(1) as f64 - 1.0).abs()
 }
 
-/// First the size, then proportions like those of real models: 32 layers at 4096, 80 at 8192.
+/// First the size, then proportions: somewhat deeper than real models of the width, because the ring of a model with few
+/// layers takes a large share of it, and small budgets could not be tried.
 fn badness(shape: &Shape, wish: &Wish, size_bytes: u64) -> f64 {
     let miss = miss(shape.tensor_bytes(), size_bytes);
     let far = if miss > SIZE_SLACK { 100.0 + miss } else { 0.0 };
-    let usual = (shape.embd as f64 / 110.0).clamp(8.0, 80.0);
+    let usual = (shape.embd as f64 / 45.0).clamp(8.0, 96.0);
     let stretch = (shape.layers as f64 / usual).ln().abs();
     let usual_ffn = fill(shape.arch, shape.quant, wish, shape.embd, shape.vocab).ffn;
     far + stretch + (shape.ffn as f64 / usual_ffn as f64).ln().abs()
