@@ -249,7 +249,7 @@ fn what_is_not_a_model_file_is_refused_at_once() {
         (at("empty"), ErrorKind::Format, "empty"),
         (at("missing"), ErrorKind::NotFound, "missing"),
         (at("loop"), ErrorKind::Io, "loop"),
-        (at("socket"), ErrorKind::Io, "socket"),
+        (at("socket"), ErrorKind::Format, "socket"),
         ("/dev/zero".into(), ErrorKind::Format, "device"),
         ("/proc/self/status".into(), ErrorKind::Format, "empty"),
     ] {
@@ -265,7 +265,7 @@ fn what_is_not_a_model_file_is_refused_at_once() {
 #[test]
 fn a_file_without_permission_says_so() {
     let fixture = fixture(10);
-    fs::set_permissions(&fixture.path, fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(&fixture.path, fs::Permissions::from_mode(0o000)).unwrap();
     let path = fixture.path.clone();
     let error = std::thread::spawn(move || {
         // SAFETY: setfsuid changes what this thread may open and touches no memory; as a user it changes nothing.
