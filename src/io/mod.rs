@@ -21,6 +21,8 @@ mod uring;
 #[cfg(all(test, feature = "faults"))]
 mod fault_tests;
 #[cfg(test)]
+mod file_tests;
+#[cfg(test)]
 mod tests;
 
 use std::fmt;
