@@ -4,6 +4,7 @@
 //! request, leaked instead of freed. Place: a user of `reader` in `file -> catalog -> plan -> reader -> pool -> ...`.
 #![allow(unsafe_code)]
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -71,38 +72,40 @@ fn run(
             ),
         ));
     }
+    // Oldest place first: with more memory than is in flight the reading walks through all of it, as streaming does.
+    let mut places: VecDeque<u64> = (0..memory.len_bytes() / request_bytes).collect();
     let mut out: Vec<Completion> = Vec::with_capacity(depth as usize);
     let mut bytes = 0;
     let start = Instant::now();
-    let mut submit = |reader: &mut Reader, key: u64| -> Result<u64> {
-        if cursor.offset_bytes >= file_bytes {
-            cursor.offset_bytes = 0;
+    loop {
+        while reader.free() > 0 && start.elapsed() < span {
+            let Some(place) = places.pop_front() else {
+                break;
+            };
+            if cursor.offset_bytes >= file_bytes {
+                cursor.offset_bytes = 0;
+            }
+            let request = Request {
+                key: place,
+                shard_index: 0,
+                offset_bytes: cursor.offset_bytes,
+                len_bytes: request_bytes,
+                // SAFETY: place < len_bytes / request_bytes, so the whole place lies within the memory.
+                target: unsafe { memory.as_ptr().add((place * request_bytes) as usize) },
+            };
+            // SAFETY: a place is used by one request at a time; the memory lives until the reader is drained, and is
+            // leaked if that fails.
+            unsafe { reader.submit(request)? };
+            bytes += request_bytes.min(file_bytes - cursor.offset_bytes);
+            cursor.offset_bytes += request_bytes;
         }
-        let offset_bytes = cursor.offset_bytes;
-        cursor.offset_bytes += request_bytes;
-        let request = Request {
-            key,
-            shard_index: 0,
-            offset_bytes,
-            len_bytes: request_bytes,
-            // SAFETY: key < depth, and depth * request_bytes fits the memory.
-            target: unsafe { memory.as_ptr().add((key * request_bytes) as usize) },
-        };
-        // SAFETY: each key has its own part of the memory, used by one request at a time; the memory lives until the
-        // reader is drained, and is leaked if that fails.
-        unsafe { reader.submit(request)? };
-        Ok(request_bytes.min(file_bytes - offset_bytes))
-    };
-    for key in 0..depth {
-        bytes += submit(reader, key)?;
-    }
-    while reader.in_flight() > 0 {
+        if reader.in_flight() == 0 {
+            break;
+        }
         reader.wait(None, &mut out)?;
         for completion in out.drain(..) {
             completion.result?;
-            if start.elapsed() < span {
-                bytes += submit(reader, completion.key)?;
-            }
+            places.push_back(completion.key);
         }
     }
     Ok(Swept {

@@ -138,8 +138,11 @@ impl ShardFile {
     }
 
     fn open_with(path: &Path, policy: Policy) -> Result<Self> {
-        let (cached, metadata) = open_regular(path, 0)
-            .map_err(|error| Error::from_io(&error, format_args!("open {}", path.display())))?;
+        let failed =
+            |error: std::io::Error| Error::from_io(&error, format_args!("open {}", path.display()));
+        // Looked at before it is opened, because opening a device can do something, and again after.
+        require_file_with_bytes(path, &std::fs::metadata(path).map_err(failed)?)?;
+        let (cached, metadata) = open_regular(path, 0).map_err(failed)?;
         require_file_with_bytes(path, &metadata)?;
         let identity = Identity::of(&metadata);
         // Headers are read front to back in pieces of our own choice. With read-ahead (8 MiB on some machines) the

@@ -101,7 +101,7 @@ fn a_request_that_never_comes_back_is_reported_and_the_others_go_on() {
         assert_eq!((counters.timeouts, counters.quarantined), (1, 1));
         assert_eq!(
             reader.free(),
-            default_depth(0) as usize,
+            default_depth(default_request_bytes(0x20_0000)) as usize,
             "the depth is whole again"
         );
         assert_reads_exactly(&mut reader, &fixture.bytes, &WHOLE[2..]);

@@ -21,6 +21,8 @@ mod uring;
 #[cfg(all(test, feature = "faults"))]
 mod fault_tests;
 #[cfg(test)]
+mod file_tests;
+#[cfg(test)]
 mod tests;
 
 use std::fmt;
@@ -118,19 +120,37 @@ impl Default for ReaderOptions {
 }
 
 /// Length of one request for memory of this page size.
+///
+/// Measured 2026-11 on a virtio drive (2 busy cores, ext4, 2 GiB file), walking through 128 MiB of memory as streaming
+/// does; median GB/s and CPU seconds per GB of 8 to 30 interleaved rotations of 0.3 s:
+///
+/// | pages | 512 KiB x 8 | 1 MiB x 8 | 1 MiB x 16 | 2 MiB x 8 | 4 MiB x 4 | 4 MiB x 8 | 8 MiB x 8 |
+/// |---|---|---|---|---|---|---|---|
+/// | 2 MiB | 1.66, 0.014 | 1.69, 0.012 | 1.73, 0.009 | 1.87, 0.008 | 1.86, 0.007 | 1.93, 0.005 | 1.80, 0.004 |
+/// | 4 KiB | 0.88, 0.093 | 1.02, 0.082 | 1.08, 0.082 | 1.05, 0.078 | 1.09, 0.074 | 1.08, 0.073 | - |
+///
+/// On 2 MiB pages 4 MiB is the fastest and by far the steadiest (slowest tenth 1.82 against 1.44 with 1 MiB). On 4 KiB
+/// pages a request of the drive ends at 254 segments, about 1 MiB, and longer ones are only split again; layers are
+/// small there, so 1 MiB it is. Into 4 MiB of memory, reused, 512 KiB x 8 comes to 1.9 to 2.0: the memory stays in the
+/// cache of the host below, which streaming cannot have.
 #[must_use]
 pub const fn default_request_bytes(page_bytes: u64) -> u32 {
     if page_bytes >= PAGE_2M {
-        MIB as u32
+        (4 * MIB) as u32
     } else {
-        (MIB / 2) as u32
+        MIB as u32
     }
 }
 
-/// Requests in flight for requests of this length.
+/// Requests in flight for requests of this length: 32 MiB worth, 4 to 16 of them. More only makes an urgent layer wait
+/// for the queue (32 MiB are 17 ms at 1.9 GB/s); see [`default_request_bytes`] for the measurement.
 #[must_use]
-pub const fn default_depth(_request_bytes: u32) -> u32 {
-    8
+pub const fn default_depth(request_bytes: u32) -> u32 {
+    match 32 * MIB as u32 / if request_bytes == 0 { 1 } else { request_bytes } {
+        0..=4 => 4,
+        depth @ 5..=15 => depth,
+        _ => 16,
+    }
 }
 
 /// Most requests in flight.

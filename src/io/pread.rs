@@ -17,7 +17,8 @@ use super::request::{Ask, Busy, Flight, Label, Rules, Step, Tally};
 use super::{Completion, Counters, Request, pin_current_thread};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Most threads. Measured on this project's virtio drive with 2 MiB pages: see `default_depth` in the module above.
+/// Most threads. On the drive of `default_request_bytes`, 4 MiB requests, GB/s: one thread 1.3 to 1.8, two 1.6, three
+/// and four 1.7 with 0.010 CPU seconds per GB; more threads only contend.
 const THREADS_MOST: usize = 4;
 
 /// How long a dropped reader waits for its threads.

@@ -55,7 +55,8 @@ impl WakeEvent {
 
     /// The wake arrived; the next one is a new one.
     pub(super) fn taken(&self) {
-        self.pending.store(false, Ordering::Release);
+        // A swap, not a store: it also makes visible what a waker that found `pending` set wrote before.
+        self.pending.swap(false, Ordering::AcqRel);
     }
 
     pub(super) fn wake(&self) {

@@ -310,6 +310,10 @@ impl UringReader {
                 }
                 Ok(())
             }
+            Some(libc::EEXIST) => Err(Error::new(
+                ErrorKind::Invalid,
+                "the reader belongs to the thread that used it first, and another one uses it",
+            )),
             _ => Err(Error::from_io(&error, "io_uring_enter")),
         }
     }
