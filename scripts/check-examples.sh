@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the C and C++ hosts of ffi-examples on the model in assets/, with AddressSanitizer and UBSan, and under valgrind; and
-# the C example of the README as it is printed there.
+# Runs the C and C++ hosts of ffi-examples on the model in assets/ with AddressSanitizer, its leak check and UBSan; and the C
+# example of the README as it is printed there. (valgrind knows neither AVX-512 nor moved mappings.)
 #
 # A checksum of every layer must be the same in C and C++, streamed and resident.
 set -euo pipefail
@@ -22,11 +22,6 @@ for host in stream stream_cpp; do
   cmp <(layers "$work/resident") <(layers "$work/$host")
   echo "$host: $(layers "$work/$host" | wc -l) layers, the same streamed as resident; ASan and UBSan have nothing to say"
 done
-valgrind --quiet --error-exitcode=99 --leak-check=full --errors-for-leak-kinds=definite \
-  "$target/examples/stream" "$model" 50% 2 >"$work/valgrind"
-cmp <(layers "$work/resident") <(layers "$work/valgrind")
-echo 'stream: the same under valgrind, nothing leaked'
-
 awk '/^```c$/ { on = 1; next } /^```$/ { on = 0 } on' README.md >"$work/readme.c"
 cc -std=c11 -Wall -Wextra -Werror -I "$target/capi/include" "$work/readme.c" -o "$work/readme" -L "$target/capi/lib" -lflea \
   -Wl,-rpath,"$target/capi/lib"

@@ -41,7 +41,6 @@ probe() {
   need jq command -v jq
   [[ $wanted = demo ]] && return
   need fio command -v fio
-  need valgrind command -v valgrind
   need python3-pip python3 -m pip --version
   need python3-venv python3 -c 'import ensurepip, venv'
 }
