@@ -12,6 +12,7 @@
 #include <cerrno>
 #include <cstring>
 #include <set>
+#include <unordered_map>
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -36,6 +37,9 @@ struct Memory {
     size_t size_bytes = 0;
     uint64_t placed_bytes = 0;   // reserved for weights that stand in a window: never touched
     Model * model = nullptr;     // whose weights are placed here
+    // Which tensors they are; written while a model is loaded, only read afterwards. Not in tensor->extra: the CPU backend
+    // takes a weight with an extra for a repacked one and computes K-quants another, slower way, with other bits.
+    std::unordered_map<const ggml_tensor *, const Weight *> placed;
 };
 
 struct Live {
@@ -103,7 +107,7 @@ void * get_base(ggml_backend_buffer_t buffer) { return memory_of(buffer).base; }
 
 void place(Memory & memory, ggml_tensor * tensor, const Weight * weight) {
     tensor->data  = weight->data;
-    tensor->extra = const_cast<Weight *>(weight);
+    memory.placed[tensor] = weight;
     weight->placed = true;
     const bool first = memory.model == nullptr;
     {
@@ -145,7 +149,7 @@ void memset_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, uint8_t value, s
 
 void set_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
     if (const Weight * weight = weight_of(tensor)) {
-        loader_read(weight, offset, size);
+        loader_read(weight, size);
     } else {
         memcpy((char *) tensor->data + offset, data, size);
     }
@@ -264,8 +268,11 @@ ggml_backend_buffer_type_t host_buffer_type() {
 
 const Weight * weight_of(const ggml_tensor * tensor) {
     const ggml_tensor * root = tensor->view_src ? tensor->view_src : tensor;
-    if (!root->extra || !root->buffer || root->buffer->buft != buffer_type() || root->buffer->size == 0) { return nullptr; }
-    return static_cast<const Weight *>(root->extra);
+    if (!root->buffer || root->buffer->buft != buffer_type() || root->buffer->size == 0) { return nullptr; }
+    const Memory & memory = memory_of(root->buffer);
+    if (memory.placed.empty()) { return nullptr; }
+    const auto found = memory.placed.find(root);
+    return found == memory.placed.end() ? nullptr : found->second;
 }
 
 uint64_t reserved_bytes() {
