@@ -226,12 +226,42 @@ fn root(count: u64) -> f32 {
     (count as f32).sqrt()
 }
 
-/// The embeddings are weak against what the layers add. Where they are also the output head, a strong one would make
-/// every token predict itself, and the greedy choice would never leave it. gemma multiplies them by sqrt(embd).
+/// Embeddings that are also the output head must be weak against what the layers add: a strong one would make every
+/// token predict itself, and the greedy choice would never leave it. gemma multiplies them by sqrt(embd).
 fn embd_std(shape: &Shape) -> f32 {
+    match (shape.arch, shape.tied) {
+        (Arch::Gemma3, _) => 0.05 / root(shape.embd),
+        (_, true) => 0.2 / root(shape.embd),
+        (_, false) => 0.5,
+    }
+}
+
+/// Strength of the residual stream's first value, the embedding.
+fn embd_strength(shape: &Shape) -> f32 {
     match shape.arch {
-        Arch::Gemma3 => 0.05 / root(shape.embd),
-        _ => 0.2 / root(shape.embd),
+        Arch::Gemma3 => embd_std(shape) * root(shape.embd),
+        _ => embd_std(shape),
+    }
+}
+
+/// Strength of what one branch adds to the residual stream, which grows with all of them to a half. gemma's must outgrow
+/// its embeddings, which it multiplies by sqrt(embd).
+fn branch_strength(shape: &Shape) -> f32 {
+    let stream = match shape.arch {
+        Arch::Gemma3 => 0.125 * root(shape.embd),
+        _ => 1.0,
+    };
+    stream / root(2 * shape.layers)
+}
+
+/// Attention adds half as much, and in the first layer no more than the embedding: else the token at hand drowns in
+/// those before it, and the same choice comes again and again.
+fn attention_strength(shape: &Shape, layer: u64) -> f32 {
+    let usual = 0.5 * branch_strength(shape);
+    if layer == 0 {
+        usual.min(embd_strength(shape))
+    } else {
+        usual
     }
 }
 
@@ -292,18 +322,15 @@ fn layer_parts(shape: &Shape, layer: u64, role: &str) -> (Vec<u64>, Kind, Fill) 
         )
     };
     let vector = |width: u64, fill: Fill| (vec![width], Kind::F32, fill);
-    // The last matrix of a branch. Where a norm follows it, the norm sets the strength.
-    let branch = match shape.arch {
-        Arch::Gemma3 => 1.0,
-        _ => 1.0 / root(2 * shape.layers),
+    // The last matrix of a branch sets its strength, or the norm behind it where there is one.
+    let (attention, feed_forward) = match shape.arch {
+        Arch::Gemma3 => (1.0, 1.0),
+        _ => (attention_strength(shape, layer), branch_strength(shape)),
     };
     match role {
         "attn_norm.weight" | "ffn_norm.weight" => vector(embd, Fill::norm(1.0)),
-        // The residual stream of gemma must outgrow its embeddings, which it multiplies by sqrt(embd).
-        "post_attention_norm.weight" | "post_ffw_norm.weight" => vector(
-            embd,
-            Fill::norm(0.125 * root(embd) / root(2 * shape.layers)),
-        ),
+        "post_attention_norm.weight" => vector(embd, Fill::norm(attention_strength(shape, layer))),
+        "post_ffw_norm.weight" => vector(embd, Fill::norm(branch_strength(shape))),
         // Twice the usual strength of queries: attention that looks somewhere.
         "attn_q_norm.weight" => vector(shape.head_dim, Fill::norm(2.0)),
         "attn_k_norm.weight" => vector(shape.head_dim, Fill::norm(1.0)),
@@ -311,16 +338,16 @@ fn layer_parts(shape: &Shape, layer: u64, role: &str) -> (Vec<u64>, Kind, Fill) 
         "attn_k.bias" | "attn_v.bias" => vector(kv_width, Fill::matrix(NORM_STD)),
         "attn_q.weight" => matrix(embd, &[q_width], 2.0),
         "attn_k.weight" | "attn_v.weight" => matrix(embd, &[kv_width], 1.0),
-        "attn_output.weight" => matrix(q_width, &[embd], branch),
+        "attn_output.weight" => matrix(q_width, &[embd], attention),
         "ffn_gate.weight" | "ffn_up.weight" => matrix(embd, &[ffn], 1.0),
-        "ffn_down.weight" => matrix(ffn, &[embd], branch),
+        "ffn_down.weight" => matrix(ffn, &[embd], feed_forward),
         "ffn_gate_inp.weight" => (
             vec![embd, experts],
             Kind::F32,
             Fill::matrix(1.0 / root(embd)),
         ),
         "ffn_gate_exps.weight" | "ffn_up_exps.weight" => matrix(embd, &[ffn, experts], 1.0),
-        "ffn_down_exps.weight" => matrix(ffn, &[embd, experts], branch),
+        "ffn_down_exps.weight" => matrix(ffn, &[embd, experts], feed_forward),
         other => unreachable!("role {other} is not in the table"),
     }
 }
