@@ -149,7 +149,7 @@ void memset_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, uint8_t value, s
 
 void set_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
     if (const Weight * weight = weight_of(tensor)) {
-        loader_read(weight, offset, size);
+        loader_read(weight, size);
     } else {
         memcpy((char *) tensor->data + offset, data, size);
     }

@@ -66,8 +66,6 @@ struct Weight {
     int32_t layer_last = -1;
     uint64_t rows_per_layer = 0;
     uint64_t bytes = 0;
-    uint64_t file_offset = 0;
-    uint32_t shard = 0;
     void * data = nullptr;
     mutable std::atomic<bool> placed { false };  // some tensor of the host stands here
 
@@ -128,8 +126,8 @@ void model_before_acquire(Model * model);
 // Called after each acquire: the first one has made the plan.
 void model_acquired(Model * model);
 // What the host's loader just read of a weight: counted, and dropped from the page cache.
-void loader_read(const Weight * weight, uint64_t offset, uint64_t bytes);
-// After loading: everything that is left of the files in the page cache.
+void loader_read(const Weight * weight, uint64_t bytes);
+// Everything of the model's files that is in the page cache and not mapped.
 void drop_page_cache(Model * model);
 
 // ---- flea-buffer.cpp

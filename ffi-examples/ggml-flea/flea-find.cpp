@@ -187,8 +187,6 @@ bool read_catalog(Model & model) {
         weight->layer_last = tensor.layer_last;
         weight->rows_per_layer = tensor.rows_per_layer;
         weight->bytes = tensor.bytes;
-        weight->file_offset = tensor.file_offset;
-        weight->shard = tensor.shard;
         weight->data = const_cast<void *>(tensor.data);
         model.weights.emplace(tensor.name, std::move(weight));
     }
@@ -458,6 +456,7 @@ uint32_t placed_layers(const Model & model) {
 
 void model_before_acquire(Model * model) {
     if (model->planned.load(std::memory_order_acquire)) { return; }
+    drop_page_cache(model);  // what is left of the host's own loading; the pool is about to need the memory
     pending_bytes = reserved_untouched_bytes();
     const uint32_t placed = placed_layers(*model);
     if (placed < model->info.layer_count && !model->warned.exchange(true)) {
@@ -469,7 +468,6 @@ void model_before_acquire(Model * model) {
 
 void model_acquired(Model * model) {
     if (model->planned.exchange(true, std::memory_order_acq_rel)) { return; }
-    drop_page_cache(model);  // what is left of the host's own loading
     flea_info info = {};
     info.struct_size = sizeof(info);
     if (flea_model_info(model->handle, &info) != FLEA_OK) { return; }
@@ -484,14 +482,14 @@ void stats_current() {
     if (finder().current) { stats_snapshot(finder().current.get()); }
 }
 
-void loader_read(const Weight * weight, uint64_t offset, uint64_t bytes) {
+// The page cache is dropped as a whole every so often, not piece by piece: the kernel drops only folios that lie in a range
+// completely, and what read-ahead brought past the end of a tensor would stay.
+void loader_read(const Weight * weight, uint64_t bytes) {
+    constexpr uint64_t step_bytes = 32ull << 20;
     const uint64_t before = counters.loader_bytes.fetch_add(bytes);
-    constexpr uint64_t sample_bytes = 64ull << 20;
-    if (before / sample_bytes != (before + bytes) / sample_bytes) { sample_memory(); }
-    const Model & model = *weight->model;
-    if (weight->shard >= model.advice_fds.size() || model.advice_fds[weight->shard] < 0) { return; }
-    const uint64_t start = (weight->file_offset + offset) & ~4095ull;  // a partial page is dropped with its second half
-    posix_fadvise(model.advice_fds[weight->shard], (off_t) start, (off_t) (weight->file_offset + offset + bytes - start), POSIX_FADV_DONTNEED);
+    if (before / step_bytes == (before + bytes) / step_bytes) { return; }
+    sample_memory();
+    drop_page_cache(weight->model);
 }
 
 void drop_page_cache(Model * model) {

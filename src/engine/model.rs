@@ -446,9 +446,13 @@ impl Model {
                 Ok((plan::plan(&self.catalog, bytes, &options)?, report))
             }
             BudgetSpec::Memory(spec) => {
+                // The margin is for a total that flea chooses; one that the user names may take all that is free.
+                let free_bytes = match spec {
+                    MemorySpec::Auto => limits::available_memory_bytes()?,
+                    MemorySpec::Bytes(_) | MemorySpec::Percent(_) => limits::free_memory()?.bytes,
+                };
                 // What the process holds already is part of its total, so it counts as available to it.
-                let available_bytes =
-                    limits::available_memory_bytes()?.saturating_add(process_bytes);
+                let available_bytes = free_bytes.saturating_add(process_bytes);
                 let (budget, plan) = budget::resolve_and_plan(
                     &self.catalog,
                     spec,

@@ -12,8 +12,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::units::{HumanBytes, MIB, PAGE_2M};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// 64 MiB take some 20 ms to populate: short enough to answer a Ctrl-C, long enough that asking for limits (0.1 ms) is nothing.
+/// What one thread populates at a time. 64 MiB take some 20 ms: short enough to answer a Ctrl-C, long enough that asking for limits
+/// (0.1 ms) and starting a thread (0.05 ms) are nothing.
 const PIECE_BYTES: usize = (64 * MIB) as usize;
+/// Clearing pages is bound by memory, which a few cores saturate.
+const THREADS_MAX: usize = 4;
 
 /// Progress of populating a pool.
 #[derive(Debug)]
@@ -27,6 +30,7 @@ pub(super) struct Fill<'a> {
     unchecked_bytes: usize,
     /// False for MFD_HUGETLB, whose pages are reserved apart and charged to no limit.
     charged: bool,
+    threads: usize,
     /// What was wanted and not had.
     pub(super) fallbacks: Vec<Fallback>,
 }
@@ -54,6 +58,8 @@ impl<'a> Fill<'a> {
             done_bytes: 0,
             unchecked_bytes: 0,
             charged,
+            threads: std::thread::available_parallelism()
+                .map_or(1, |count| count.get().min(THREADS_MAX)),
             fallbacks: Vec::new(),
         })
     }
@@ -71,10 +77,10 @@ impl<'a> Fill<'a> {
         self.bind(address, len);
         let mut at = address;
         while at < address + len {
-            let piece = PIECE_BYTES.min(address + len - at);
+            let piece = (PIECE_BYTES * self.threads).min(address + len - at);
             self.check(piece)?;
             // SAFETY: a part of the range, per this function's contract.
-            unsafe { host::populate(at, piece) }.map_err(|error| self.stopped(&error))?;
+            unsafe { populate(at, piece) }.map_err(|error| self.stopped(&error))?;
             self.done_bytes += piece as u64;
             at += piece;
         }
@@ -108,7 +114,7 @@ impl<'a> Fill<'a> {
             ));
         }
         self.unchecked_bytes += piece;
-        if !self.charged || self.unchecked_bytes < PIECE_BYTES {
+        if !self.charged || self.unchecked_bytes < PIECE_BYTES * self.threads {
             return Ok(());
         }
         self.unchecked_bytes = 0;
@@ -129,4 +135,34 @@ impl<'a> Fill<'a> {
             HumanBytes(self.total_bytes)
         )
     }
+}
+
+/// Populates a range, [`PIECE_BYTES`] in each thread.
+///
+/// # Safety
+/// As [`host::populate`].
+unsafe fn populate(address: usize, len: usize) -> Result<()> {
+    let first = len.min(PIECE_BYTES);
+    std::thread::scope(|scope| {
+        let helpers: Vec<_> = (first..len)
+            .step_by(PIECE_BYTES)
+            .map(|skip| {
+                let part = PIECE_BYTES.min(len - skip);
+                // SAFETY: parts of the range that do not overlap, per this function's contract.
+                scope.spawn(move || unsafe { host::populate(address + skip, part) })
+            })
+            .collect();
+        // SAFETY: the first part of the range, per this function's contract.
+        let mut result = unsafe { host::populate(address, first) };
+        for helper in helpers {
+            let part = helper.join().unwrap_or_else(|_| {
+                Err(Error::new(
+                    ErrorKind::Internal,
+                    "a thread that fills the pool panicked",
+                ))
+            });
+            result = result.and(part);
+        }
+        result
+    })
 }

@@ -236,7 +236,7 @@ pub(super) unsafe fn populate(address: usize, len: usize) -> Result<()> {
                 }
                 Err(error) => match error.errno() {
                     Some(libc::EINTR | libc::EAGAIN) => continue,
-                    Some(libc::EINVAL) if KNOWN.load(Ordering::Relaxed) == 0 => break,
+                    Some(libc::EINVAL) if KNOWN.load(Ordering::Relaxed) != 1 => break,
                     _ => return Err(error),
                 },
             }
@@ -306,8 +306,28 @@ pub(super) fn nameless_file(directory: &str, len_bytes: u64) -> Result<OwnedFd> 
     }
     // SAFETY: the call above returned a new descriptor that nobody else owns.
     let fd = unsafe { OwnedFd::from_raw_fd(raw) };
+    // Pages beyond the mount's size would be a SIGBUS, or EFAULT when populated: neither says what is wrong.
+    let free_bytes = free_bytes_of(&fd)?;
+    if free_bytes < len_bytes {
+        return Err(Error::new(
+            ErrorKind::NoMemory,
+            format!(
+                "{} are free in {directory}, {} are needed: mount it with a larger size=",
+                HumanBytes(free_bytes),
+                HumanBytes(len_bytes)
+            ),
+        ));
+    }
     resize(&fd, len_bytes)?;
     Ok(fd)
+}
+
+fn free_bytes_of(fd: &OwnedFd) -> Result<u64> {
+    let space = nix::sys::statvfs::fstatvfs(fd)
+        .map_err(|code| Error::os(code as i32, "ask a tmpfs for its free space"))?;
+    Ok(space
+        .fragment_size()
+        .saturating_mul(space.blocks_available()))
 }
 
 fn resize(fd: &OwnedFd, len_bytes: u64) -> Result<()> {

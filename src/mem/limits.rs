@@ -370,4 +370,4 @@ fn read(path: &str) -> Result<String> {
 
 #[cfg(test)]
 #[path = "limits_tests.rs"]
-mod tests;
+pub(super) mod tests;

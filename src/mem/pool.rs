@@ -184,7 +184,7 @@ impl Pool {
     /// All bytes of a resident run (or of a part of one) are in: its pages become readable, and only that.
     ///
     /// # Errors
-    /// `Invalid` for a run outside the windows, else what mprotect says.
+    /// `Invalid` for a run that is not resident, else what mprotect says.
     pub fn publish_resident(&mut self, run: &PageRun) -> Result<()> {
         match &mut self.store {
             Store::Private(store) => store.publish_resident(run),

@@ -276,3 +276,84 @@ fn a_dropped_pool_leaves_nothing() {
         String::from_utf8_lossy(&output.stderr)
     );
 }
+
+/// In the child of [`a_pool_respects_its_cgroup`].
+#[test]
+fn pools_in_a_cgroup() {
+    if std::env::var_os("FLEA_TEST_IN_CGROUP").is_none() {
+        return;
+    }
+    for backing in [Backing::Private, Backing::Shared] {
+        let (windows, plan) = plan_of(PAGE_4K, 30 << 8, &[1, 1, 1], 3);
+        let pool = pool_of(&windows, &plan, backing);
+        assert!(pool_bytes(&pool) > 89 * MIB);
+        drop(pool);
+        let (windows, plan) = plan_of(PAGE_4K, 60 << 8, &[1, 1, 1], 3);
+        let error = Pool::new(windows, &plan, backing, &PoolOptions::default()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+        println!("REFUSED {error}");
+    }
+}
+
+#[test]
+fn a_pool_respects_its_cgroup() {
+    let child = "mem::pool::guard_tests::pools_in_a_cgroup";
+    let Some((path, text)) = crate::mem::limits::tests::in_cgroup(child, 128 * MIB) else {
+        return;
+    };
+    // The child came back alive: no OOM killer.
+    assert_eq!(text.matches("REFUSED").count(), 2, "{text}");
+    assert!(text.contains(&format!("set by {path}")), "{text}");
+}
+
+/// In the child of [`a_poisoned_slot_shows_a_host_that_computes_too_early`].
+#[cfg(feature = "faults")]
+#[test]
+fn aim_a_poisoned_slot() {
+    if std::env::var_os("FLEA_FAULT").is_none_or(|text| text != "delay,poison") {
+        return;
+    }
+    for backing in [Backing::Private, Backing::Shared] {
+        let (windows, plan) = plan_of(PAGE_4K, 3, &[2, 2], 2);
+        let mut pool = pool_of(&windows, &plan, backing);
+        for layer in [0, 1] {
+            let run = run_of(&plan, layer);
+            pool.aim(layer as u32, &run).unwrap();
+            // SAFETY: aimed: readable, if not to be read.
+            let bytes =
+                unsafe { std::slice::from_raw_parts(window_address(&windows, &plan, &run), 8192) };
+            assert!(bytes.iter().all(|&byte| byte == 0xA5), "{backing:?}");
+        }
+    }
+    println!("POISONED");
+}
+
+#[cfg(feature = "faults")]
+#[test]
+fn a_poisoned_slot_shows_a_host_that_computes_too_early() {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "mem::pool::guard_tests::aim_a_poisoned_slot",
+            "--nocapture",
+        ])
+        .env("FLEA_FAULT", "delay,poison")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        text.contains("POISONED"),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// The engine makes the pool in one thread and uses it in another; every thread looks at the windows.
+#[test]
+fn pools_and_windows_cross_threads() {
+    fn crosses<T: Send + Sync>() {}
+    crosses::<Pool>();
+    crosses::<Windows>();
+    crosses::<PageProbe>();
+    crosses::<crate::mem::Topology>();
+}

@@ -81,7 +81,10 @@ pub(super) fn mapped(ranges: &[(usize, usize)]) -> (u64, usize, usize) {
     let text = std::fs::read_to_string("/proc/self/smaps").unwrap();
     let (mut inside, mut bytes, mut count, mut forked) = (false, 0, 0, 0);
     for line in text.lines() {
-        if let Some(value) = line.strip_prefix("Rss:").filter(|_| inside) {
+        // Rss does not count hugetlb pages.
+        let memory = ["Rss:", "Private_Hugetlb:", "Shared_Hugetlb:"];
+        let value = memory.iter().find_map(|name| line.strip_prefix(name));
+        if let Some(value) = value.filter(|_| inside) {
             bytes += crate::mem::limits::kilobytes(value).unwrap();
         } else if let Some(flags) = line.strip_prefix("VmFlags:").filter(|_| inside) {
             forked += usize::from(!flags.split(' ').any(|flag| flag == "dc"));
@@ -294,6 +297,11 @@ fn wrong_aims_are_refused_and_harm_nothing() {
     stamp(target, &plan, 0, 0..2, true);
     pool.aim(0, &run(6, 2)).unwrap();
     pool.aim(1, &run(2, 2)).unwrap();
+    for not_resident in [run(2, 1), run(0, 3), run(1 << 50, 1)] {
+        let error = pool.publish_resident(&not_resident).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+    }
+    pool.publish_resident(&run(1, 1)).unwrap();
     assert!(pool.resident_target(&run(2, 1)).is_null());
     assert!(pool.resident_target(&run(0, 3)).is_null());
     assert_eq!(

@@ -280,6 +280,13 @@ impl Private {
 
     pub(super) fn publish_resident(&mut self, run: &PageRun) -> Result<()> {
         let (address, len) = self.geometry.place(&self.windows, run)?;
+        // A readable place that is not resident would show zeros where a host without a lease has to fault.
+        if find_resident(&self.resident, run).is_none() {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!("{run:?} is not resident: nothing to publish"),
+            ));
+        }
         // SAFETY: the pool's own pages; the reader is done with them (the caller's part).
         unsafe { host::protect(address, len, Protection::Read) }
     }

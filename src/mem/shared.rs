@@ -266,6 +266,11 @@ impl Memory {
                 }
                 // Huge pages that are not there are the next source's chance; what the whole pool lacks, or a wish to stop, is not.
                 Err(error) if last || error.kind() == ErrorKind::Canceled => return Err(error),
+                Err(error)
+                    if source == PageSource::Hugetlb && error.kind() == ErrorKind::NoMemory =>
+                {
+                    reasons.push(format!("{source}: too few are free (vm.nr_hugepages)"));
+                }
                 Err(error) => reasons.push(format!("{source}: {error}")),
             }
         }
@@ -360,9 +365,7 @@ fn why_no_thp() -> Option<String> {
         &setting("shmem_enabled"),
         &setting("hugepages-2048kB/shmem_enabled"),
     );
-    (!on).then(|| {
-        format!("{THP}/shmem_enabled gives a memfd none; set it to advise, or vm.nr_hugepages")
-    })
+    (!on).then(|| format!("{THP}/shmem_enabled gives a memfd none (advise would)"))
 }
 
 /// True when a memfd can have transparent huge pages. Since Linux 6.10 each size has a switch of its own, which may inherit the general one.

@@ -15,8 +15,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// More nodes than any Linux has (CONFIG_NODES_SHIFT is 10 at most): a bound on what /sys is believed.
+#[cfg(any(test, not(feature = "numa")))]
 const NODES_MAX: u32 = 1024;
 /// More CPUs than any Linux has.
+#[cfg(any(test, not(feature = "numa")))]
 const CPUS_MAX: u32 = 1 << 16;
 
 /// A NUMA node with memory.

@@ -156,11 +156,16 @@ impl Cursor<'_> {
 
     pub(crate) fn skip(&mut self, len_bytes: u64, what: Arguments<'_>) -> Result<()> {
         self.need(len_bytes, what)?;
-        let mut scratch = [0_u8; 4096];
+        // Tokens are short and there are half a million of them: clearing a page for each would cost more than reading it.
+        let mut short = [0_u8; 64];
+        if len_bytes <= short.len() as u64 {
+            return self.fill(&mut short[..len_bytes as usize], what);
+        }
+        let mut long = [0_u8; 4096];
         let mut left = len_bytes;
         while left > 0 {
-            let step = left.min(scratch.len() as u64) as usize;
-            self.fill(&mut scratch[..step], what)?;
+            let step = left.min(long.len() as u64) as usize;
+            self.fill(&mut long[..step], what)?;
             left -= step as u64;
         }
         Ok(())

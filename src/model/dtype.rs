@@ -126,7 +126,7 @@ impl DType {
     /// Bytes of a row; `None` when `elements` is no whole number of blocks, or the product does not fit.
     #[must_use]
     pub const fn row_bytes(&self, elements: u64) -> Option<u64> {
-        if elements % self.block_elements() != 0 {
+        if !elements.is_multiple_of(self.block_elements()) {
             return None;
         }
         (elements / self.block_elements()).checked_mul(self.block_bytes())

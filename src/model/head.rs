@@ -40,13 +40,15 @@ pub(crate) fn rows_per_piece(
 
 /// The smallest legal piece for at most `pieces` pieces; `None` when that is the whole.
 fn legal_rows(rows: u64, pieces: u64) -> Option<u64> {
-    let unit = [16, 8, 4].into_iter().find(|unit| rows % unit == 0);
+    let unit = [16, 8, 4]
+        .into_iter()
+        .find(|unit| rows.is_multiple_of(*unit));
     let smallest = rows.div_ceil(pieces);
     let per_piece = match unit {
         Some(unit) => smallest.div_ceil(unit) * unit,
         None => (smallest..rows).find(|size| {
             let last = rows - (rows.div_ceil(*size) - 1) * size;
-            size % 4 != 0 && last % 4 != 0
+            !size.is_multiple_of(4) && !last.is_multiple_of(4)
         })?,
     };
     (per_piece < rows).then_some(per_piece)

@@ -8,6 +8,7 @@
 //! [`gguf`] and [`safetensors`] read one shard's header each; [`catalog`] joins the shards and tells layers, experts and
 //! row tables apart with the table in [`roles`]; [`dtype`] holds the geometry of every tensor type.
 
+mod build;
 pub mod catalog;
 mod cursor;
 pub mod dtype;

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use proptest::prelude::*;
 
 use super::PlanOptions;
-use crate::model::{Catalog, Format, Layer, LayerKind, Shard, Use};
+use crate::model::{
+    Catalog, DType, Layer, LayerKind, Metadata, Shard, TensorInfo, Use, catalog, gguf,
+};
 use crate::units::{Extent, PAGE_2M, PAGE_4K};
 
 /// One tensor of a made-up file: which layer uses it (`None`: kept by the host), when, how long it is, and how many bytes
@@ -51,21 +53,40 @@ pub(crate) fn catalog_of(layers_count: usize, shards: &[Vec<Piece>], tail_bytes:
         path: PathBuf::from(format!("shard-{index}")),
         len_bytes: *len_bytes,
     };
-    Catalog {
-        format: Format::Gguf(3),
-        architecture: "llama".to_owned(),
-        name: None,
+    let mut catalog = smallest_catalog();
+    catalog.shards = lens.iter().enumerate().map(shard).collect();
+    catalog.layers = layers;
+    catalog.model_bytes = model_bytes;
+    catalog.host_tensor_bytes = host_tensor_bytes;
+    catalog
+}
+
+/// A file of one tensor, as the model room reads it: the part of a catalog that the plan does not look at.
+fn smallest_catalog() -> Catalog {
+    let embedding = TensorInfo {
+        name: "token_embd.weight".to_owned(),
+        dtype: DType::F32,
+        shape: [8, 16, 1, 1],
+        dims: 2,
+        offset_bytes: 4096,
+        len_bytes: 512,
+    };
+    catalog::from_gguf(vec![gguf::ShardHeader {
+        shard: Shard {
+            path: PathBuf::from("made-up.gguf"),
+            len_bytes: 4608,
+        },
+        version: 3,
         alignment_bytes: 32,
-        shards: lens.iter().enumerate().map(shard).collect(),
-        tensors: Vec::new(),
-        layers,
-        model_bytes,
-        host_tensor_bytes,
-        context_length: None,
-        expert_count: None,
-        experts_used_count: None,
-        tied_embeddings: false,
-    }
+        metadata: Metadata::default(),
+        key_count: 0,
+        metadata_range: 24..24,
+        raw_metadata: Vec::new(),
+        tensors: vec![embedding],
+        data_offset_bytes: 4096,
+        split: None,
+    }])
+    .expect("a catalog of one tensor")
 }
 
 fn layer_of((index, uses): (usize, Vec<Use>)) -> Layer {

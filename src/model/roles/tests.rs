@@ -1,3 +1,5 @@
+//! The order of use on the names of real architectures, and what is told apart by name alone.
+
 use super::*;
 
 fn block(naming: Naming, name: &str) -> (u32, Role, u16) {
