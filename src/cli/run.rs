@@ -371,15 +371,23 @@ fn answer(
     mut rows: Option<&mut LogitsFile>,
 ) -> Result<ExitCode> {
     let mut reading = Reading::start(session.monitor(), args.json);
+    let mut printed = false;
     let generation = session.generate(tokens, args.tokens, sampler, &mut |step| match step {
         Step::Row(row) => {
             reading.finish();
             rows.as_mut().map_or(Ok(()), |rows| rows.write(row))
         }
         Step::Text(_) if args.json => Ok(()),
-        Step::Text(text) => cli::print(text),
+        Step::Text(text) => {
+            printed = true;
+            cli::print(text)
+        }
     });
     reading.finish();
+    if generation.is_err() && printed {
+        // What came before the failure stays, and the message gets a line of its own.
+        cli::print("\n")?;
+    }
     let generation = generation?;
     let figures = session.figures()?;
     if args.json {

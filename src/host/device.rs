@@ -269,8 +269,8 @@ pub fn last_failure() -> Option<Error> {
         return None;
     }
     // SAFETY: not NULL, NUL-terminated.
-    let text = unsafe { CStr::from_ptr(text) }
-        .to_string_lossy()
-        .into_owned();
+    let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
+    // The device has no path to name; flea's own words name it where it matters.
+    let text = text.strip_prefix("the model given: ").unwrap_or(&text);
     Some(Error::new(kind_of(status), text))
 }
