@@ -260,24 +260,19 @@ fn bytes_read_is_what_the_kernel_counts() {
             "--arch", "llama", "--size", "300MiB", "--type", "q8_0", "--vocab", "1000",
         ],
     );
-    let mut child = flea()
-        .arg("bench")
-        .arg("stream")
+    let mut command = flea();
+    command
+        .args(["bench", "stream"])
         .arg(&model)
-        .args(["--memory", "40%", "--passes", "6", "--json", "--proc-io"])
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .expect("flea runs");
-    let text = std::io::read_to_string(child.stdout.take().expect("stdout")).expect("UTF-8");
-    assert!(child.wait().expect("it ends").success());
-    let result: Value = serde_json::from_str(text.trim()).expect("JSON");
+        .args(["--memory", "40%", "--passes", "6", "--json"]);
+    let result = json(&mut command);
     if result["direct_io"] != true {
         common::skip("the kernel counts O_DIRECT reads only, and this filesystem has no O_DIRECT");
         return;
     }
     let (ours, kernel) = (
         number(&result, "bytes_read"),
-        number(&result, "proc_io_read_bytes"),
+        number(&result, "kernel_read_bytes"),
     );
     assert!(
         (ours / kernel - 1.0).abs() < 0.02,
@@ -337,16 +332,13 @@ mod faults {
                 .arg(&model)
                 .args(["--memory", &memory, "--json", "--layers"]),
         );
-        let layer = plan["layers"]
-            .as_array()
-            .expect("layers")
+        let layers = plan["layers"].as_array().expect("layers");
+        let layer = layers
             .iter()
-            .find(|layer| !layer["transient"].is_null())
+            .find(|layer| number(layer, "transient_bytes") > 0.0)
             .expect("a streamed layer");
-        let run_of = &layer["transient"];
-        let offset = (number(run_of, "first_page") + number(run_of, "page_count") / 2.0).floor()
-            * number(&plan, "page_bytes")
-            + 1.0;
+        let middle = (number(layer, "transient_bytes") / 2.0).floor();
+        let offset = number(layer, "transient_offset_bytes") + middle + 1.0;
         let flipped =
             json(run(&model, &["--memory", &memory]).env("FLEA_FAULT", format!("flip=0:{offset}")));
         assert_ne!(

@@ -24,6 +24,9 @@ const ROOMS: [(&str, u32); 14] = [
     ("bin", 9),
 ];
 const UNSAFE_ROOMS: [&str; 5] = ["mem", "io", "proto", "ffi", "host"];
+/// The stream keeps the promise that `Reader::submit` asks for, so that one call stands there and not behind a wrapper
+/// that would only look safe.
+const UNSAFE_FILE: &str = "src/engine/stream.rs";
 /// Rooms that turn bytes into structs and structs into plans: no files, no clocks, no memory tricks.
 const PURE_ROOMS: [&str; 2] = ["model", "plan"];
 /// The system a pure room must not reach for. `std::path` is only names.
@@ -332,7 +335,7 @@ fn complaints(source: &Source, is_test: bool) -> Vec<String> {
     let lines: Vec<&str> = source.text.lines().collect();
     for line in lines_with(&code, "unsafe") {
         let rest = &code.lines().nth(line - 1).unwrap_or_default();
-        if !UNSAFE_ROOMS.contains(&room) {
+        if !UNSAFE_ROOMS.contains(&room) && path.to_string() != UNSAFE_FILE {
             found.push(format!("{path}:{line}: unsafe outside of its rooms"));
         } else if rest.contains("unsafe {") || rest.contains("unsafe impl") {
             let above = &lines[line.saturating_sub(SAFETY_LINES)..line];

@@ -189,6 +189,7 @@ fn json(
         "gb_per_second": outcome.gb_per_second(),
         "cpu_seconds_per_gb": outcome.cpu_seconds_per_gb(),
         "bytes_read": outcome.bytes_read,
+        "kernel_read_bytes": outcome.kernel_read_bytes,
         "seconds": outcome.seconds,
         "cpu_seconds": outcome.cpu_seconds,
         "passes": passes,

@@ -1,7 +1,7 @@
 //! The engine: ties plan, pool and reader together. `file -> catalog -> plan -> reader -> pool -> **lease** -> host`.
 //!
 //! * [`open`]: path to catalog. * [`model`]: what a host holds. * `layout`: what there is to fetch.
-//! * `order`: what comes next. * `state`: who holds what. * `stream`: the one thread that moves bytes.
+//! * `order`: what comes next. * `state`: who holds what. * `wait`: how a host sleeps for it. * `stream`: the one thread that moves bytes.
 
 mod layout;
 pub mod model;
@@ -11,6 +11,7 @@ mod placement;
 mod state;
 pub mod stats;
 mod stream;
+mod wait;
 
 pub use model::{BudgetSpec, Model, OpenOptions};
 pub use open::read_catalog;

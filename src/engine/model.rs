@@ -10,6 +10,7 @@ use super::placement;
 use super::state::{Need, State};
 use super::stats::{BudgetReport, Fallback, FallbackKind, Stats};
 use super::stream::{self, Core, Started};
+use super::wait::{Asked, wait};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Counters, ReaderOptions, ShardFile, default_request_bytes};
 use crate::mem::{Backing, Pool, PoolOptions, Windows, limits};
@@ -18,9 +19,9 @@ use crate::plan::{self, Plan, PlanOptions, budget};
 use crate::units::MemorySpec;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, mpsc};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// What bounds the memory of a model.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -205,7 +206,12 @@ impl Model {
         if state.ready(layer, need) || skip_the_wait() {
             return state.lease(layer, thread);
         }
-        wait(running, state, layer, need, timeout, thread)
+        let asked = Asked {
+            layer,
+            need,
+            thread,
+        };
+        wait(&running.core, &running.started.waker, state, asked, timeout)
     }
 
     /// Gives a lease back. May be called on another thread than the acquire.
@@ -466,106 +472,6 @@ impl Model {
     }
 }
 
-/// The slow half of an acquire: asks the stream for the layer and sleeps until it is there.
-fn wait(
-    running: &Running,
-    mut state: MutexGuard<'_, State>,
-    layer: u32,
-    need: Need,
-    timeout: Option<Duration>,
-    thread: u64,
-) -> Result<()> {
-    if let Some(error) = &state.fatal {
-        return Err(error.clone());
-    }
-    if state.would_deadlock(layer, thread) {
-        let context = format!(
-            "layer {layer} needs a slot, but all of them are leased and this thread holds at least one; release it first"
-        );
-        return Err(Error::new(ErrorKind::Busy, context));
-    }
-    // An error that prefetch left behind is not an answer to this call: it reads again.
-    drop(state.take_error(layer));
-    if timeout.is_some_and(|timeout| timeout.is_zero()) {
-        state.demand(layer, false);
-        let wake = std::mem::take(&mut state.hungry);
-        drop(state);
-        if wake {
-            running.started.waker.wake();
-        }
-        return Err(Error::new(
-            ErrorKind::Again,
-            format!("layer {layer} is not in memory yet"),
-        ));
-    }
-    let begun = Instant::now();
-    state.stalls += 1;
-    state.demand(layer, true);
-    let (mut state, result) = sleep_until_ready(
-        running,
-        state,
-        layer,
-        need,
-        timeout.map(|timeout| begun + timeout),
-    );
-    state.stop_waiting(layer);
-    state.stall_ns += u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
-    result?;
-    state.lease(layer, thread)
-}
-
-fn sleep_until_ready<'a>(
-    running: &'a Running,
-    mut state: MutexGuard<'a, State>,
-    layer: u32,
-    need: Need,
-    deadline: Option<Instant>,
-) -> (MutexGuard<'a, State>, Result<()>) {
-    loop {
-        if state.ready(layer, need) {
-            return (state, Ok(()));
-        }
-        if let Some(error) = state.take_error(layer).or_else(|| state.fatal.clone()) {
-            return (state, Err(error));
-        }
-        // Another waiter may have taken the error of a failed read: this one asks again.
-        state.demand(layer, false);
-        if std::mem::take(&mut state.hungry) {
-            drop(state);
-            running.started.waker.wake();
-            state = running.core.state();
-            continue;
-        }
-        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        state.waiters += 1;
-        state = match left {
-            None => running
-                .core
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner),
-            Some(left) => {
-                running
-                    .core
-                    .changed
-                    .wait_timeout(state, left)
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .0
-            }
-        };
-        state.waiters -= 1;
-        if left.is_some_and(|left| left.is_zero()) && !state.ready(layer, need) {
-            return (
-                state,
-                Err(Error::new(
-                    ErrorKind::Timeout,
-                    format!("layer {layer} did not arrive in time"),
-                )),
-            );
-        }
-    }
-}
-
 impl Running {
     fn add_to(&self, stats: &mut Stats) {
         let counters = *self
@@ -610,10 +516,12 @@ impl Drop for Running {
     fn drop(&mut self) {
         self.core.stop.store(true, Ordering::Release);
         self.started.waker.wake();
-        if let Some(thread) = self.thread.take() {
-            if thread.join().is_err() {
-                log::error!("the stream's thread had panicked");
-            }
+        if self
+            .thread
+            .take()
+            .is_some_and(|thread| thread.join().is_err())
+        {
+            log::error!("the stream's thread had panicked");
         }
     }
 }

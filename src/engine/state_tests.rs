@@ -249,7 +249,7 @@ proptest! {
                 },
                 1 if !flying.is_empty() => {
                     let (fetch, request) = flying.swap_remove(pickup as usize % flying.len());
-                    let fails = failures && pickup % 16 == 0;
+                    let fails = failures && pickup.is_multiple_of(16);
                     let result = if fails { Err(Error::new(ErrorKind::Io, "drive")) } else { Ok(()) };
                     if state.completed(fetch, request, result, true) == Outcome::Complete {
                         state.published(fetch);

@@ -228,9 +228,8 @@ pub unsafe extern "C" fn flea_hint(
         }
         handle.refresh_pending();
         // SAFETY: not NULL, `count` elements by contract.
-        handle
-            .model
-            .hint(unsafe { std::slice::from_raw_parts(layers, count) })?;
+        let layers = unsafe { std::slice::from_raw_parts(layers, count) };
+        handle.model.hint(layers)?;
         Ok(0)
     })
 }

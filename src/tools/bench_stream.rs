@@ -43,6 +43,9 @@ pub struct Outcome {
     pub cpu_seconds: f64,
     /// What the drive delivered meanwhile.
     pub bytes_read: u64,
+    /// What the kernel says this process fetched from drives meanwhile (`read_bytes` of /proc/self/io): the check on
+    /// `bytes_read` for O_DIRECT. `None` where the kernel does not count.
+    pub kernel_read_bytes: Option<u64>,
     /// The model's counters at the end.
     pub stats: Stats,
     /// The most memory the process held.
@@ -73,6 +76,7 @@ impl Outcome {
 pub fn measure(model: &Model, passes_count: u32, stop: &AtomicBool) -> Result<Outcome> {
     let cpu_before = cpu_seconds()?;
     let bytes_before = model.stats().bytes_read;
+    let kernel_before = kernel_read_bytes();
     let began = Instant::now();
     let mut passes = Vec::with_capacity(passes_count as usize);
     for _ in 0..passes_count {
@@ -86,6 +90,9 @@ pub fn measure(model: &Model, passes_count: u32, stop: &AtomicBool) -> Result<Ou
         seconds,
         cpu_seconds,
         bytes_read: stats.bytes_read - bytes_before,
+        kernel_read_bytes: kernel_read_bytes()
+            .zip(kernel_before)
+            .map(|(now, before)| now - before),
         stats,
         peak_memory_bytes: limits::peak_memory_bytes()?,
     })
@@ -115,6 +122,15 @@ fn acquire(model: &Model, layer: u32, stop: &AtomicBool) -> Result<()> {
             result => return result,
         }
     }
+}
+
+/// `read_bytes` of /proc/self/io: bytes this process made the block layer fetch.
+fn kernel_read_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/self/io").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("read_bytes:"))?;
+    line.trim().parse().ok()
 }
 
 fn cpu_seconds() -> Result<f64> {

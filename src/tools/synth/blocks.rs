@@ -233,7 +233,11 @@ impl Pool {
 }
 
 fn next_prime(at_least: u64) -> u64 {
-    let is_prime = |n: &u64| (2..).take_while(|d| d * d <= *n).all(|d| !n.is_multiple_of(d));
+    let is_prime = |n: &u64| {
+        (2..)
+            .take_while(|d| d * d <= *n)
+            .all(|d| !n.is_multiple_of(d))
+    };
     (at_least.max(2)..).find(is_prime).unwrap_or(at_least)
 }
 

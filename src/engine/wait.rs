@@ -1,0 +1,118 @@
+//! The slow half of an acquire: a host sleeps until the stream has brought what it needs.
+//!
+//! Invariants: the state's lock is never held while waking the stream; a waiter is counted in the state for as long as
+//! it waits, so its layer is not evicted before it had it.
+
+use super::state::{Need, State};
+use super::stream::Core;
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::Waker;
+use std::sync::{MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// What a host waits for, and who it is.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked {
+    /// The layer.
+    pub layer: u32,
+    /// How much of it.
+    pub need: Need,
+    /// The calling thread.
+    pub thread: u64,
+}
+
+/// Asks the stream for a layer and sleeps until it is there; leases it.
+///
+/// # Errors
+/// `Busy` for a wait that could last for ever, `Again` and `Timeout`, and what the drive said.
+pub fn wait(
+    core: &Core,
+    waker: &Waker,
+    mut state: MutexGuard<'_, State>,
+    asked: Asked,
+    timeout: Option<Duration>,
+) -> Result<()> {
+    let layer = asked.layer;
+    if let Some(error) = &state.fatal {
+        return Err(error.clone());
+    }
+    if state.would_deadlock(layer, asked.thread) {
+        let context = format!(
+            "layer {layer} needs a slot, but all of them are leased and this thread holds at least one; release it first"
+        );
+        return Err(Error::new(ErrorKind::Busy, context));
+    }
+    // An error that prefetch left behind is not an answer to this call: it reads again.
+    drop(state.take_error(layer));
+    if timeout.is_some_and(|timeout| timeout.is_zero()) {
+        state.demand(layer, false);
+        let wake = std::mem::take(&mut state.hungry);
+        drop(state);
+        if wake {
+            waker.wake();
+        }
+        return Err(Error::new(
+            ErrorKind::Again,
+            format!("layer {layer} is not in memory yet"),
+        ));
+    }
+    let begun = Instant::now();
+    state.stalls += 1;
+    state.demand(layer, true);
+    let (mut state, result) = sleep(
+        core,
+        waker,
+        state,
+        asked,
+        timeout.map(|timeout| begun + timeout),
+    );
+    state.stop_waiting(layer);
+    state.stall_ns += u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    result?;
+    state.lease(layer, asked.thread)
+}
+
+fn sleep<'a>(
+    core: &'a Core,
+    waker: &Waker,
+    mut state: MutexGuard<'a, State>,
+    asked: Asked,
+    deadline: Option<Instant>,
+) -> (MutexGuard<'a, State>, Result<()>) {
+    let layer = asked.layer;
+    loop {
+        if state.ready(layer, asked.need) {
+            return (state, Ok(()));
+        }
+        if let Some(error) = state.take_error(layer).or_else(|| state.fatal.clone()) {
+            return (state, Err(error));
+        }
+        // Another waiter may have taken the error of a failed read: this one asks again.
+        state.demand(layer, false);
+        if std::mem::take(&mut state.hungry) {
+            drop(state);
+            waker.wake();
+            state = core.state();
+            continue;
+        }
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
+            let context = format!("layer {layer} did not arrive in time");
+            return (state, Err(Error::new(ErrorKind::Timeout, context)));
+        }
+        state.waiters += 1;
+        state = match left {
+            None => core
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner),
+            Some(left) => {
+                core.changed
+                    .wait_timeout(state, left)
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .0
+            }
+        };
+        state.waiters -= 1;
+    }
+}
