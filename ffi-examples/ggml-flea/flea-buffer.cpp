@@ -102,8 +102,7 @@ void free_buffer(ggml_backend_buffer_t buffer) {
 void * get_base(ggml_backend_buffer_t buffer) { return memory_of(buffer).base; }
 
 void place(Memory & memory, ggml_tensor * tensor, const Weight * weight) {
-    tensor->data  = weight->data;
-    tensor->extra = const_cast<Weight *>(weight);
+    tensor->data = weight->data;
     weight->placed = true;
     const bool first = memory.model == nullptr;
     {
@@ -262,10 +261,16 @@ ggml_backend_buffer_type_t host_buffer_type() {
     return &type;
 }
 
+// By address, because tensor->extra is not ours to use: to the CPU backend an extra means a repacked layout, and it then takes
+// other kernels (with other roundings) than for a plain weight.
 const Weight * weight_of(const ggml_tensor * tensor) {
     const ggml_tensor * root = tensor->view_src ? tensor->view_src : tensor;
-    if (!root->extra || !root->buffer || root->buffer->buft != buffer_type() || root->buffer->size == 0) { return nullptr; }
-    return static_cast<const Weight *>(root->extra);
+    if (!root->buffer || root->buffer->buft != buffer_type() || root->buffer->size == 0) { return nullptr; }
+    const Memory & memory = memory_of(root->buffer);
+    const char * data = static_cast<const char *>(root->data);
+    if (!memory.model || (data >= memory.base && data < memory.base + memory.size_bytes)) { return nullptr; }
+    const auto entry = memory.model->by_address.find(data);
+    return entry == memory.model->by_address.end() ? nullptr : entry->second;
 }
 
 uint64_t reserved_bytes() {

@@ -81,6 +81,7 @@ struct Model {
     std::vector<int> advice_fds;    // one per shard, for posix_fadvise on what the host's loader reads
     std::vector<int> own_fds;       // everything flea and we have open of it: in /proc/self/fd, but no sign of a host
     std::unordered_map<std::string, std::unique_ptr<Weight>> weights;
+    std::unordered_map<const void *, const Weight *> by_address;
     size_t placed_buffers_count = 0;  // live ggml buffers that hold placed weights; guarded by the finder's mutex
     std::atomic<bool> planned { false };
     std::atomic<bool> warned { false };  // that layers are missing

@@ -188,6 +188,7 @@ bool read_catalog(Model & model) {
         weight->rows_per_layer = tensor.rows_per_layer;
         weight->bytes = tensor.bytes;
         weight->data = const_cast<void *>(tensor.data);
+        model.by_address.emplace(tensor.data, weight.get());
         model.weights.emplace(tensor.name, std::move(weight));
     }
     for (const uint64_t bytes : layer_bytes) { model.largest_layer_bytes = std::max(model.largest_layer_bytes, bytes); }
