@@ -1,144 +1,340 @@
-/* flea: streams LLM weights from NVMe into preallocated memory just before a host computes with them. */
+/* flea: streams LLM weights from NVMe into preallocated memory just before a host computes with them.
+ * Generated from src/ffi by cbindgen; do not edit (make header). License: MIT OR Apache-2.0.
+ *
+ * A host needs five calls: flea_model_open, flea_model_tensor, flea_acquire, flea_release, flea_model_close.
+ * Statuses: FLEA_OK or a negative FLEA_E_*; flea_last_error has the sentence. Structures begin with struct_size,
+ * which the caller sets to sizeof; fields are only ever appended. */
+
 #ifndef FLEA_H
 #define FLEA_H
+
 #include <stddef.h>
 #include <stdint.h>
-#ifdef __cplusplus
-extern "C" {
-#endif
 
+// Version of this interface. It grows when calls or fields are added; it never breaks within soname 0.
 #define FLEA_ABI_VERSION 1
 
+// Done.
 #define FLEA_OK 0
+
+// An argument is wrong.
 #define FLEA_E_INVALID -1
+
+// The system has no memory, mapping or lock for it.
 #define FLEA_E_NOMEM -2
+
+// The drive or filesystem failed.
 #define FLEA_E_IO -3
+
+// The file is not a model, or says something that cannot be.
 #define FLEA_E_FORMAT -4
+
+// No such file, tensor or layer.
 #define FLEA_E_NOTFOUND -5
+
+// Not ready, and timeout_ns was 0.
 #define FLEA_E_AGAIN -6
+
+// Not ready within timeout_ns.
 #define FLEA_E_TIMEOUT -7
+
+// This host itself holds what it would wait for; release something.
 #define FLEA_E_BUSY -8
+
+// The daemon is not reachable, or went away.
 #define FLEA_E_CONN -9
+
+// Not allowed.
 #define FLEA_E_PERM -10
+
+// The memory budget is too small; the text holds the arithmetic.
 #define FLEA_E_REFUSED -11
+
+// This kernel, build or file type cannot do it.
 #define FLEA_E_UNSUPPORTED -12
+
+// The file ends before its data does.
 #define FLEA_E_TRUNCATED -13
+
+// The file changed while in use.
 #define FLEA_E_CHANGED -14
+
+// Bytes differ from their checksum.
 #define FLEA_E_CHECKSUM -15
+
+// The lease was taken back.
 #define FLEA_E_REVOKED -16
+
+// Stopped on request.
 #define FLEA_E_CANCELED -17
+
+// A defect in flea.
 #define FLEA_E_INTERNAL -99
 
-/* flea_open_options.backing */
+// backing: the default of the endpoint (private in process).
 #define FLEA_BACKING_DEFAULT 0
+
+// backing: anonymous memory whose pages are moved from layer to layer.
 #define FLEA_BACKING_PRIVATE 1
+
+// backing: a memfd that several layers alias.
 #define FLEA_BACKING_SHARED 2
-/* flea_open_options.reader and flea_stats_data.reader */
+
+// reader: io_uring, or pread threads where the system refuses it.
 #define FLEA_READER_AUTO 0
+
+// reader: io_uring or an error.
 #define FLEA_READER_IO_URING 1
+
+// reader: pread threads.
 #define FLEA_READER_PREAD 2
-/* flea_open_options.flags: plan (and start reading) at the first acquire, not at open */
-#define FLEA_OPEN_DEFER_PLAN 1u
-/* flea_stats_data.fallbacks */
-#define FLEA_FALLBACK_BUFFERED 1u    /* O_DIRECT refused: buffered reads, pages dropped behind */
-#define FLEA_FALLBACK_PREAD 2u       /* io_uring refused: pread threads */
-#define FLEA_FALLBACK_SMALL_PAGES 4u /* 2 MiB pages wanted, 4 KiB got */
-#define FLEA_FALLBACK_NUMA 8u        /* memory could not be bound to the drive's node */
-/* flea_tensor_data.flags */
-#define FLEA_TENSOR_HOST_KEPT 1u /* rows or globals that the host keeps itself (token_embd); may be planned as well (tied head) */
 
-typedef struct flea_model flea_model;
+// flags: make the plan, and start reading, at the first acquire instead of at open.
+#define FLEA_OPEN_DEFER_PLAN 1
 
+// fallbacks: O_DIRECT was refused; reads go through the page cache and are dropped behind.
+#define FLEA_FALLBACK_BUFFERED 1
+
+// fallbacks: io_uring was refused; pread threads read.
+#define FLEA_FALLBACK_PREAD 2
+
+// fallbacks: 2 MiB pages were wanted, the pool lies on 4 KiB pages.
+#define FLEA_FALLBACK_SMALL_PAGES 4
+
+// fallbacks: memory could not be bound to the drive's NUMA node.
+#define FLEA_FALLBACK_NUMA 8
+
+// tensor flags: rows or globals that the host keeps itself (token embeddings). A tied output head is both.
+#define FLEA_TENSOR_HOST_KEPT 1
+
+// How to open a model. Zero it, set struct_size, then the fields that matter.
 typedef struct flea_open_options {
-  uint32_t struct_size;   /* sizeof(flea_open_options) */
+  // sizeof(flea_open_options).
+  uint32_t struct_size;
+  // FLEA_BACKING_*.
   uint32_t backing;
+  // FLEA_READER_*.
   uint32_t reader;
-  uint32_t slots_count;   /* 0 = 3; else 2..64 */
-  uint32_t page_bytes;    /* 0 = by layer size; else 4096 or 2097152 */
-  uint32_t request_bytes; /* 0 = default */
-  uint32_t depth;         /* requests in flight, 0 = default */
+  // Slots of the ring, 2 to 64; 0 = 3.
+  uint32_t slots_count;
+  // 4096 or 2097152; 0 = by the size of the layers.
+  uint32_t page_bytes;
+  // Bytes of one read, a multiple of 4096; 0 = the default.
+  uint32_t request_bytes;
+  // Reads in flight, 1 to 256; 0 = the default.
+  uint32_t depth;
+  // FLEA_OPEN_* or 0.
   uint32_t flags;
-  uint64_t pool_bytes;    /* the weight budget; 0 = derived from `memory` */
-  const char *memory;     /* whole-process budget: "4GiB", "50%"; NULL = automatic. Only when pool_bytes is 0 */
-  const char *endpoint;   /* NULL = in this process */
-  /* Optional: a number of bytes the host has reserved but not touched yet (KV, compute). Read once, when the plan is
-     made; it must stay valid until then. */
+  // The weight budget in bytes; 0 = derived from `memory`.
+  uint64_t pool_bytes;
+  // The budget of the whole process when pool_bytes is 0: "4GiB", or "50%" (weights: half of the model); NULL = all
+  // that is free. Read during the call only.
+  const char *memory;
+  // NULL = in this process; "unix:PATH" = the daemon. Read during the call only.
+  const char *endpoint;
+  // Optional: bytes this host has reserved but not touched yet (KV cache, compute memory). Read once, when the plan
+  // is made; with FLEA_OPEN_DEFER_PLAN that is in the first acquire or hint, and it must be valid until then.
   const uint64_t *host_pending_bytes;
 } flea_open_options;
 
+// An open model. Only ever used through a pointer.
+typedef struct flea_model {
+  uint8_t _private[0];
+} flea_model;
+
+// What a model is, and how it was planned. Fields marked (plan) are 0 until the plan is made.
 typedef struct flea_info {
+  // sizeof(flea_info), set by the caller.
   uint32_t struct_size;
-  uint32_t planned;       /* 1 once a plan exists; the fields marked (plan) are 0 before */
+  // 1 once the plan is made.
+  uint32_t planned;
+  // Layers of a pass: blocks, then the pieces of the output head.
   uint32_t layer_count;
+  // Tensors in the files.
   uint32_t tensor_count;
+  // Files of the model.
   uint32_t shard_count;
+  // Page size, in bytes.
   uint32_t page_bytes;
+  // Slots of the ring.
   uint32_t slots_count;
-  uint32_t backing;       /* (plan) */
-  uint64_t model_bytes;   /* all tensors of the model */
-  uint64_t host_tensor_bytes; /* tensors the host keeps */
-  uint64_t slot_bytes;        /* (plan) */
-  uint64_t total_bytes;       /* (plan) */
-  uint64_t host_bytes;        /* (plan) */
-  uint64_t weight_budget_bytes; /* (plan) */
-  uint64_t resident_bytes;      /* (plan) */
-  uint64_t ring_bytes;          /* (plan) */
-  uint64_t streamed_bytes_per_pass; /* (plan) */
-  const char *architecture;  /* lives as long as the model */
+  // FLEA_BACKING_PRIVATE or FLEA_BACKING_SHARED.
+  uint32_t backing;
+  // All tensors of the model, in bytes.
+  uint64_t model_bytes;
+  // Tensors the host keeps itself, in bytes.
+  uint64_t host_tensor_bytes;
+  // One slot, in bytes (plan).
+  uint64_t slot_bytes;
+  // What the process may hold, in bytes (plan).
+  uint64_t total_bytes;
+  // What it holds besides weights in flea's pool, in bytes (plan).
+  uint64_t host_bytes;
+  // What weights may take, in bytes (plan).
+  uint64_t weight_budget_bytes;
+  // Weights that stay in memory, in bytes (plan).
+  uint64_t resident_bytes;
+  // All slots, in bytes (plan).
+  uint64_t ring_bytes;
+  // Bytes read per pass once the resident part is in (plan).
+  uint64_t streamed_bytes_per_pass;
+  // The model's architecture, such as "llama". Lives as long as the model.
+  const char *architecture;
 } flea_info;
 
+// One tensor of a model.
 typedef struct flea_tensor {
+  // sizeof(flea_tensor), set by the caller.
   uint32_t struct_size;
-  uint32_t type;          /* ggml type number */
-  int32_t layer;          /* first layer that uses it, -1 = none (host-kept only) */
-  int32_t layer_last;     /* last layer: > layer when a tensor is cut by rows into several layers */
-  uint64_t rows_per_layer;/* rows in each of those but the last; 0 when not cut */
+  // ggml's number of the type; 0xffffffff for a type that only safetensors has.
+  uint32_t type;
+  // The first layer that uses it, -1 when only the host keeps it.
+  int32_t layer;
+  // The last layer: greater than `layer` when the tensor is cut by rows into several layers.
+  int32_t layer_last;
+  // Rows in each of those layers but the last; 0 when it is not cut.
+  uint64_t rows_per_layer;
+  // FLEA_TENSOR_* or 0.
   uint32_t flags;
+  // How many of `shape` count.
   uint32_t dims;
-  uint64_t shape[4];      /* ggml order: shape[0] is contiguous */
+  // Elements per dimension; shape[0] is contiguous. Unused ones are 1.
+  uint64_t shape[4];
+  // Its size in bytes.
   uint64_t bytes;
+  // Where it lies in its file.
   uint64_t file_offset;
+  // Which file, counted from 0.
   uint32_t shard;
-  const void *data;       /* constant address in the window; NULL when layer is -1. Readable only under a lease */
-  const char *name;       /* lives as long as the model */
+  // Its constant address; NULL when `layer` is -1. Readable only while its layer is acquired.
+  const void *data;
+  // Its name. Lives as long as the model.
+  const char *name;
 } flea_tensor;
 
+// Counters of a model since it was opened.
 typedef struct flea_stats_data {
+  // sizeof(flea_stats_data), set by the caller.
   uint32_t struct_size;
-  uint32_t reader;        /* FLEA_READER_IO_URING or FLEA_READER_PREAD */
-  uint32_t direct_io;     /* 1 = O_DIRECT on every shard */
+  // FLEA_READER_IO_URING or FLEA_READER_PREAD.
+  uint32_t reader;
+  // 1 when every file is read with O_DIRECT.
+  uint32_t direct_io;
+  // FLEA_FALLBACK_* bits.
   uint32_t fallbacks;
-  uint64_t acquires;      /* successful */
+  // Successful acquires.
+  uint64_t acquires;
+  // Releases.
   uint64_t releases;
-  uint64_t loads;         /* transient runs read */
-  uint64_t bytes_read;    /* resident and transient, as asked of the kernel */
-  uint64_t reads;         /* requests completed */
+  // Transient runs read to the end.
+  uint64_t loads;
+  // Bytes asked of the kernel, resident and transient.
+  uint64_t bytes_read;
+  // Requests completed.
+  uint64_t reads;
+  // Requests tried again.
   uint64_t retries;
-  uint64_t stalls;        /* acquires that waited */
-  uint64_t stall_ns;      /* time acquires waited */
-  uint64_t read_ns;       /* time with at least one request in flight */
-  uint64_t mispredicts;   /* layers demanded out of the learned order */
+  // Acquires that waited.
+  uint64_t stalls;
+  // Nanoseconds that acquires waited.
+  uint64_t stall_ns;
+  // Nanoseconds with at least one request in flight.
+  uint64_t read_ns;
+  // Acquires that the learned order had not foreseen.
+  uint64_t mispredicts;
+  // Weights that stay in memory, in bytes.
   uint64_t resident_bytes;
+  // Page size of the pool, in bytes.
   uint64_t page_bytes;
-  double huge_page_share; /* measured, 0..1 of the pool */
+  // Measured share of the pool that lies on huge pages, 0 to 1.
+  double huge_page_share;
 } flea_stats_data;
 
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+// The version of this interface that the library implements: FLEA_ABI_VERSION of its own header.
 uint32_t flea_abi_version(void);
-int32_t flea_model_open(const char *path, const flea_open_options *options, flea_model **out);
-void flea_model_close(flea_model *model);
-int32_t flea_model_info(const flea_model *model, flea_info *out);
-int32_t flea_model_tensor(const flea_model *model, const char *name, flea_tensor *out);
-int32_t flea_model_tensor_at(const flea_model *model, uint32_t index, flea_tensor *out);
-int32_t flea_layer_of(const flea_model *model, const void *addr); /* layer, or FLEA_E_NOTFOUND; lock-free */
-int32_t flea_acquire(flea_model *model, uint32_t layer, const void *addr, size_t bytes, int64_t timeout_ns);
-int32_t flea_release(flea_model *model, uint32_t layer);
-int32_t flea_hint(flea_model *model, const uint32_t *layers, size_t count);
-int32_t flea_stats(const flea_model *model, flea_stats_data *out);
+
+// Opens a model: reads its headers, reserves addresses for its tensors and, unless FLEA_OPEN_DEFER_PLAN is set, makes
+// the plan, allocates the pool and begins to read.
+//
+// `path`: a GGUF file, any shard of a split GGUF, a safetensors file or index, or a directory with one of them.
+// `options`: NULL for the defaults. Neither is kept, except options->host_pending_bytes.
+// `out`: receives the model; give it to flea_model_close. Set to NULL on failure.
+// Threads: any. Do not fork and use the model in the child: its memory is not there.
+// Returns FLEA_OK or: NOTFOUND, PERM, IO, FORMAT, TRUNCATED, UNSUPPORTED (the file), REFUSED (the budget), NOMEM, INVALID.
+int32_t flea_model_open(const char *path_text,
+                        const struct flea_open_options *options,
+                        struct flea_model **out);
+
+// Closes a model: ends its reads and frees its memory. NULL is allowed.
+//
+// Threads: no other call on this model may run or follow. Every pointer it gave is dead afterwards.
+void flea_model_close(struct flea_model *model);
+
+// Describes a model. Set out->struct_size first.
+//
+// Threads: any. Returns FLEA_OK or INVALID.
+int32_t flea_model_info(const struct flea_model *model, struct flea_info *out);
+
+// Finds a tensor by name. Set out->struct_size first.
+//
+// Threads: any. Returns FLEA_OK, NOTFOUND or INVALID.
+int32_t flea_model_tensor(const struct flea_model *model, const char *name, struct flea_tensor *out);
+
+// Describes the tensor at place `index` (0 to flea_info.tensor_count - 1). Set out->struct_size first.
+//
+// Threads: any. Returns FLEA_OK, NOTFOUND or INVALID.
+int32_t flea_model_tensor_at(const struct flea_model *model, uint32_t index, struct flea_tensor *out);
+
+// The layer whose weight lies at `addr`, or FLEA_E_NOTFOUND. Any address inside a tensor will do.
+//
+// Threads: any; takes no lock. Leaves flea_last_error as it is.
+int32_t flea_layer_of(const struct flea_model *model, const void *addr);
+
+// Waits until a layer is in memory and keeps it there until flea_release.
+//
+// `addr`, `bytes`: NULL and 0 for the whole layer; otherwise only that range of it has to be there.
+// `timeout_ns`: below 0 waits for ever, 0 only tries.
+// Leases are counted: release as often as you acquire. Hold few: the ring has flea_info.slots_count slots.
+// Threads: any. Returns FLEA_OK or: AGAIN, TIMEOUT, BUSY (this thread holds what it would wait for), REFUSED (a deferred
+// plan does not fit), IO, TRUNCATED, CHANGED, NOMEM, INVALID. After an error the next acquire reads again.
+int32_t flea_acquire(struct flea_model *model,
+                     uint32_t layer,
+                     const void *addr,
+                     size_t bytes,
+                     int64_t timeout_ns);
+
+// Gives back one lease of a layer. Its bytes may change from now on.
+//
+// Threads: any, also another than the acquire's. Returns FLEA_OK or INVALID (the layer is not acquired).
+int32_t flea_release(struct flea_model *model, uint32_t layer);
+
+// Says which layers will be acquired next, in order. flea learns the order of a pass by itself; a hint overrides it
+// once. A wrong hint costs time, never a wrong byte.
+//
+// Threads: any. `layers` is not kept. Returns FLEA_OK, INVALID, or what a deferred plan says.
+int32_t flea_hint(struct flea_model *model, const uint32_t *layers, size_t count);
+
+// Counters of a model. Set out->struct_size first. Measures the pages of the pool, so do not call it in a hot loop.
+//
+// Threads: any. Returns FLEA_OK or INVALID.
+int32_t flea_stats(const struct flea_model *model, struct flea_stats_data *out);
+
+// The text of this thread's last failed call: path, offset, errno and remedy where there are any. Never NULL; empty
+// when nothing failed. Valid until the next call that fails on this thread.
 const char *flea_last_error(void);
+
+// The errno of this thread's last failed call; 0 when the kernel was not the cause.
 int32_t flea_last_errno(void);
+
+// The name of a status, such as "FLEA_E_REFUSED"; "FLEA_E_UNKNOWN" for a number that is none. A constant string.
 const char *flea_status_name(int32_t status);
 
 #ifdef __cplusplus
-}
-#endif
-#endif
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* FLEA_H */

@@ -236,8 +236,10 @@ fn lines_with<'a>(code: &'a str, word: &'a str) -> impl Iterator<Item = usize> +
     code.lines().enumerate().filter_map(move |(index, line)| {
         let found = line.match_indices(word).any(|(at, _)| {
             let bytes = line.as_bytes();
-            !(at > 0 && is_word(bytes.get(at - 1)))
-                && !(is_word(word.as_bytes().last()) && is_word(bytes.get(at + word.len())))
+            let begins_inside = at > 0 && is_word(bytes.get(at - 1));
+            let ends_inside =
+                is_word(word.as_bytes().last()) && is_word(bytes.get(at + word.len()));
+            !begins_inside && !ends_inside
         });
         found.then_some(index + 1)
     })
