@@ -12,7 +12,6 @@
 #include <cerrno>
 #include <cstring>
 #include <set>
-#include <unordered_map>
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -37,9 +36,6 @@ struct Memory {
     size_t size_bytes = 0;
     uint64_t placed_bytes = 0;   // reserved for weights that stand in a window: never touched
     Model * model = nullptr;     // whose weights are placed here
-    // Which tensors they are; written while a model is loaded, only read afterwards. Not in tensor->extra: the CPU backend
-    // takes a weight with an extra for a repacked one and computes K-quants another, slower way, with other bits.
-    std::unordered_map<const ggml_tensor *, const Weight *> placed;
 };
 
 struct Live {
@@ -106,8 +102,7 @@ void free_buffer(ggml_backend_buffer_t buffer) {
 void * get_base(ggml_backend_buffer_t buffer) { return memory_of(buffer).base; }
 
 void place(Memory & memory, ggml_tensor * tensor, const Weight * weight) {
-    tensor->data  = weight->data;
-    memory.placed[tensor] = weight;
+    tensor->data = weight->data;
     weight->placed = true;
     const bool first = memory.model == nullptr;
     {
@@ -266,13 +261,16 @@ ggml_backend_buffer_type_t host_buffer_type() {
     return &type;
 }
 
+// By address, because tensor->extra is not ours to use: to the CPU backend an extra means a repacked layout, and it then takes
+// other kernels (with other roundings) than for a plain weight.
 const Weight * weight_of(const ggml_tensor * tensor) {
     const ggml_tensor * root = tensor->view_src ? tensor->view_src : tensor;
     if (!root->buffer || root->buffer->buft != buffer_type() || root->buffer->size == 0) { return nullptr; }
     const Memory & memory = memory_of(root->buffer);
-    if (memory.placed.empty()) { return nullptr; }
-    const auto found = memory.placed.find(root);
-    return found == memory.placed.end() ? nullptr : found->second;
+    const char * data = static_cast<const char *>(root->data);
+    if (!memory.model || (data >= memory.base && data < memory.base + memory.size_bytes)) { return nullptr; }
+    const auto entry = memory.model->by_address.find(data);
+    return entry == memory.model->by_address.end() ? nullptr : entry->second;
 }
 
 uint64_t reserved_bytes() {

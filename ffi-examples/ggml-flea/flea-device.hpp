@@ -1,7 +1,9 @@
 // Internal header of the ggml device FLEA.
 //
 //   ggml-flea.cpp    registration, device, backend: what ggml calls first
-//   flea-find.cpp    which file is the model that is being loaded, and which of its tensors are streamed
+//   flea-files.cpp   the GGUF files this process has open
+//   flea-find.cpp    which of them is the model that is being loaded, and which of its tensors are streamed
+//   flea-model.cpp   one streamed model: catalog, life
 //   flea-buffer.cpp  memory: streamed weights stand in flea's windows, everything else is plain anonymous memory
 //   flea-graph.cpp   graph_compute: cut where the layer changes, acquire, compute, release
 //   flea-stats.cpp   counters, FLEA_STATS
@@ -14,8 +16,10 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -55,7 +59,16 @@ void fail_flea(int32_t status, const std::string & doing, LogLevel level = LogLe
 // Bytes that a budget in the form of FLEA_MEMORY offers beside the weights; only an estimate for llama.cpp's "fit" pass.
 uint64_t offered_bytes(uint64_t model_bytes, uint64_t smallest_weights_bytes);
 
-// ---- flea-find.cpp
+// ---- flea-files.cpp
+
+std::string first_shard_of(const std::string & path);
+std::string shard_path(const std::string & first_shard, uint32_t shard);
+bool same_file(const std::string & a, const std::string & b);
+std::vector<int> open_fds();
+// First shards of the GGUF files that are open for reading; `is_own` tells which descriptors are flea's own.
+std::set<std::string> open_model_files(const std::function<bool(int)> & is_own);
+
+// ---- flea-model.cpp
 
 struct Model;
 
@@ -81,6 +94,8 @@ struct Model {
     std::vector<int> advice_fds;    // one per shard, for posix_fadvise on what the host's loader reads
     std::vector<int> own_fds;       // everything flea and we have open of it: in /proc/self/fd, but no sign of a host
     std::unordered_map<std::string, std::unique_ptr<Weight>> weights;
+    std::unordered_map<const void *, const Weight *> by_address;
+    size_t missed = 0;  // tensors asked for while its file was open, and not in it; guarded by the finder's mutex
     size_t placed_buffers_count = 0;  // live ggml buffers that hold placed weights; guarded by the finder's mutex
     std::atomic<bool> planned { false };
     std::atomic<bool> warned { false };  // that layers are missing
@@ -94,6 +109,26 @@ struct Model {
     ~Model();
 };
 
+// Fills in what the catalog says; false when nothing in the file is streamed (projector, adapter).
+bool read_catalog(Model & model);
+// True when the model has a tensor of that name, type and size.
+bool holds(const Model & model, const ggml_tensor * tensor);
+// True for names that only weights of a language model have: an unknown one of these is a weight we failed to find.
+bool is_model_weight_name(const char * name);
+// True for any name that looks like a weight of some file.
+bool is_weight_name(const char * name);
+bool is_adapter_name(const char * name);
+// Layers of which the host placed at least one weight on this device.
+uint32_t placed_layers(const Model & model);
+// Called before the first acquire: tells flea what is reserved but untouched.
+void model_before_acquire(Model * model);
+// Called after each acquire: the first one has made the plan.
+void model_acquired(Model * model);
+// What the host's loader just read of a weight: counted, and dropped from the page cache.
+void loader_read(const Weight * weight, uint64_t bytes);
+
+// ---- flea-find.cpp
+
 enum class Match {
     streamed,  // in the plan of the model that is streamed (or about to be)
     kept,      // in that model's file, but the host keeps it (rows, globals)
@@ -102,14 +137,10 @@ enum class Match {
     refused,   // it is unclear which file it is in, or that file cannot be streamed; the reason has been logged
 };
 
-// Finds a tensor by name, type and size. On `streamed` *weight is set. Any thread.
+// Says of a tensor that has no memory yet where it would be. Any thread.
+Match try_weight(const ggml_tensor * tensor, bool * is_cut);
+// Finds a tensor by name, type and size, to place it now. On `streamed` *weight is set. Any thread.
 Match find_weight(const ggml_tensor * tensor, const Weight ** weight);
-
-// True for names that only weights of a language model have: an unknown one of these is a weight we failed to find.
-bool is_model_weight_name(const char * name);
-// True for any name that looks like a weight of some file.
-bool is_weight_name(const char * name);
-bool is_adapter_name(const char * name);
 
 void model_buffer_placed(Model * model);
 void model_buffer_freed(Model * model);
@@ -119,16 +150,6 @@ bool loader_skips_streamed();
 flea_model * current_handle();
 // model_bytes and the smallest weight budget (an estimate) of the current model; false when none is known yet.
 bool current_sizes(uint64_t * model_bytes, uint64_t * smallest_bytes);
-// Layers of which the host placed at least one weight on this device.
-uint32_t placed_layers(const Model & model);
-// Called before the first acquire: tells flea what is reserved but untouched.
-void model_before_acquire(Model * model);
-// Called after each acquire: the first one has made the plan.
-void model_acquired(Model * model);
-// What the host's loader just read of a weight: counted, and dropped from the page cache.
-void loader_read(const Weight * weight, uint64_t bytes);
-// Everything of the model's files that is in the page cache and not mapped.
-void drop_page_cache(Model * model);
 
 // ---- flea-buffer.cpp
 

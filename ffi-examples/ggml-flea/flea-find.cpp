@@ -1,44 +1,23 @@
 // Which file is the model, and which of its tensors are streamed.
 //
-// ggml tells a device no path. But while llama.cpp creates and loads its tensors it holds the model's files open, so the
-// GGUF files in /proc/self/fd are the candidates; each is catalogued by flea, and a tensor belongs to the one that has its
-// name, type and size. Draft models, projectors and adapters are other files: at most ONE model is streamed at a time (the
-// first whose weights are placed), everything else stays with the host. Two open files that both fit are refused, never
-// guessed: FLEA_MODEL decides. A program that has the device compiled in hands the model over instead (configure).
+// ggml tells a device no path. The GGUF files that are open while a model is loaded are the candidates; flea catalogues them,
+// and a tensor belongs to the one that has its name, type and size, and had those of all tensors before. Draft models,
+// projectors and adapters are other files: at most ONE model is streamed at a time (the first whose weights are placed),
+// everything else stays with the host. Two open files that both fit are refused, never guessed: FLEA_MODEL decides. A
+// program that has the device compiled in hands the model over instead (configure).
 
 #include <algorithm>
 #include <cerrno>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <map>
-#include <set>
 
-#include <dirent.h>
 #include <fcntl.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "flea-device.hpp"
 
 namespace ggml_flea {
 namespace {
-
-struct FileId {
-    dev_t device;
-    ino_t inode;
-    bool operator<(const FileId & other) const {
-        return device != other.device ? device < other.device : inode < other.inode;
-    }
-};
-
-// A regular file seen in /proc/self/fd, looked at once.
-struct SeenFile {
-    off_t size = -1;
-    time_t changed = 0;
-    bool is_gguf = false;
-    std::string first_shard;  // path of the model it belongs to
-};
 
 struct Rejection {
     int32_t status;
@@ -48,10 +27,10 @@ struct Rejection {
 struct Finder {
     std::mutex mutex;
     ggml_flea_config config = {};
-    std::map<FileId, SeenFile> seen;
     std::map<std::string, Rejection> rejected;    // first shard -> why it cannot be streamed
     std::unique_ptr<Model> current;
-    std::vector<std::unique_ptr<Model>> spares;   // open at the same time as the current one, looked at and not chosen
+    std::vector<std::unique_ptr<Model>> spares;   // open at the same time as the current one, and not chosen
+    std::vector<std::string> candidates;          // of the last question; when they change, another load has begun
     std::set<std::string> told;                   // messages said once
 };
 
@@ -60,138 +39,24 @@ Finder & finder() {
     return *instance;
 }
 
-// Asked for by ggml's scheduler at every turn, so it is kept outside the lock.
+// Asked for by ggml's scheduler at every turn, so they are kept outside the lock.
 std::atomic<bool> skips_streamed { false };
 std::atomic<bool> configured { false };
 
-// ---- files
+// What the answer is for.
+enum class Purpose {
+    trying,   // would the device have it? Answered for several files at once, as long as they agree
+    placing,  // its memory is needed now: one file, or none
+};
 
-bool ends_with(const char * text, const char * suffix) {
-    const size_t length = strlen(text);
-    const size_t suffix_length = strlen(suffix);
-    return length >= suffix_length && strcmp(text + length - suffix_length, suffix) == 0;
-}
-
-bool starts_with(const char * text, const char * prefix) {
-    return strncmp(text, prefix, strlen(prefix)) == 0;
-}
-
-// "dir/name-00003-of-00007.gguf" -> "dir/name-00001-of-00007.gguf"; any other path stays.
-std::string first_shard_of(const std::string & path) {
-    static const char tail[] = "-00000-of-00000.gguf";
-    const size_t tail_length = sizeof(tail) - 1;
-    if (path.size() < tail_length) { return path; }
-    std::string result = path;
-    const size_t start = path.size() - tail_length;
-    for (size_t i = 0; i < tail_length; ++i) {
-        const char c = path[start + i];
-        if (tail[i] == '0' ? (c < '0' || c > '9') : c != tail[i]) { return path; }
-        if (i >= 1 && i <= 5) { result[start + i] = i == 5 ? '1' : '0'; }
-    }
-    return result;
-}
-
-// The magic is read at an aligned place with an aligned length, because the host may have opened the file with O_DIRECT.
-bool has_gguf_magic(int fd) {
-    alignas(4096) static thread_local char page[4096];
-    const ssize_t got = pread(fd, page, sizeof(page), 0);
-    return got >= 4 && memcmp(page, "GGUF", 4) == 0;
-}
-
-std::vector<int> open_fds() {
-    std::vector<int> result;
-    DIR * directory = opendir("/proc/self/fd");
-    if (!directory) { return result; }
-    while (const dirent * entry = readdir(directory)) {
-        const int fd = atoi(entry->d_name);
-        if (entry->d_name[0] != '.' && fd != dirfd(directory)) { result.push_back(fd); }
-    }
-    closedir(directory);
-    return result;
-}
-
-const SeenFile & look_at(Finder & f, int fd, const struct stat & status) {
-    SeenFile & file = f.seen[{ status.st_dev, status.st_ino }];
-    if (file.size == status.st_size && file.changed == status.st_mtime) { return file; }
-    file = { status.st_size, status.st_mtime, false, "" };
-    if (status.st_size < 24 || !has_gguf_magic(fd)) { return file; }
-    char link[64];
-    char path[4096];
-    snprintf(link, sizeof(link), "/proc/self/fd/%d", fd);
-    const ssize_t length = readlink(link, path, sizeof(path) - 1);
-    if (length > 0) {
-        file.is_gguf = true;
-        file.first_shard = first_shard_of(std::string(path, (size_t) length));
-    }
-    return file;
-}
-
-bool is_own(const Finder & f, int fd) {
-    const auto has = [fd](const Model & model) {
-        return std::find(model.own_fds.begin(), model.own_fds.end(), fd) != model.own_fds.end();
-    };
-    if (f.current && has(*f.current)) { return true; }
-    return std::any_of(f.spares.begin(), f.spares.end(), [&](const std::unique_ptr<Model> & model) { return has(*model); });
-}
-
-// The models whose files the host has open right now, by first shard.
-std::set<std::string> open_models(Finder & f) {
-    std::set<std::string> result;
-    for (const int fd : open_fds()) {
-        struct stat status;
-        if (is_own(f, fd) || fstat(fd, &status) != 0 || !S_ISREG(status.st_mode)) { continue; }
-        if ((fcntl(fd, F_GETFL) & O_ACCMODE) == O_WRONLY) { continue; }
-        const SeenFile & file = look_at(f, fd, status);
-        if (file.is_gguf) { result.insert(file.first_shard); }
-    }
-    return result;
-}
-
-bool same_file(const std::string & a, const std::string & b) {
-    struct stat sa, sb;
-    return a == b || (stat(a.c_str(), &sa) == 0 && stat(b.c_str(), &sb) == 0 && sa.st_dev == sb.st_dev && sa.st_ino == sb.st_ino);
-}
+// Either a verdict, or (streamed) the models it may belong to.
+struct Choice {
+    Match match;
+    std::vector<Model *> models;
+};
 
 void say_once(Finder & f, LogLevel level, const std::string & text) {
     if (f.told.insert(text).second) { log_line(level, "%s", text.c_str()); }
-}
-
-// ---- models
-
-std::string shard_path(const std::string & first_shard, uint32_t shard) {
-    if (shard == 0) { return first_shard; }
-    std::string path = first_shard;
-    char number[16];
-    snprintf(number, sizeof(number), "%05u", shard + 1);
-    return path.replace(path.size() - strlen("00001-of-00000.gguf"), 5, number);
-}
-
-// Fills in what the catalog says; false when nothing in the file is streamed (projector, adapter).
-bool read_catalog(Model & model) {
-    model.info.struct_size = sizeof(model.info);
-    if (flea_model_info(model.handle, &model.info) != FLEA_OK) { return false; }
-    std::vector<uint64_t> layer_bytes(model.info.layer_count, 0);
-    bool has_base_weights = false;
-    for (uint32_t i = 0; i < model.info.tensor_count; ++i) {
-        flea_tensor tensor = {};
-        tensor.struct_size = sizeof(tensor);
-        if (flea_model_tensor_at(model.handle, i, &tensor) != FLEA_OK || tensor.layer < 0) { continue; }
-        has_base_weights = has_base_weights || !is_adapter_name(tensor.name);
-        const uint64_t layers = (uint64_t) (tensor.layer_last - tensor.layer) + 1;
-        for (int32_t layer = tensor.layer; layer <= tensor.layer_last; ++layer) {
-            layer_bytes[(size_t) layer] += tensor.bytes / layers;
-        }
-        auto weight = std::make_unique<Weight>();
-        weight->model = &model;
-        weight->layer = tensor.layer;
-        weight->layer_last = tensor.layer_last;
-        weight->rows_per_layer = tensor.rows_per_layer;
-        weight->bytes = tensor.bytes;
-        weight->data = const_cast<void *>(tensor.data);
-        model.weights.emplace(tensor.name, std::move(weight));
-    }
-    for (const uint64_t bytes : layer_bytes) { model.largest_layer_bytes = std::max(model.largest_layer_bytes, bytes); }
-    return has_base_weights && std::string(model.info.architecture ? model.info.architecture : "") != "clip";
 }
 
 // NULL and a line in f.rejected when it cannot be streamed.
@@ -237,13 +102,6 @@ void close_current(Finder & f) {
     f.current.reset();
 }
 
-bool holds(const Model & model, const ggml_tensor * tensor) {
-    flea_tensor info = {};
-    info.struct_size = sizeof(info);
-    return flea_model_tensor(model.handle, tensor->name, &info) == FLEA_OK && info.type == (uint32_t) tensor->type &&
-           info.bytes == ggml_nbytes(tensor);
-}
-
 // A refusal is a failure of the load, said once.
 Match refuse(Finder & f, int32_t status, const std::string & text) {
     if (f.told.insert(text).second) { fail(status, text); }
@@ -273,10 +131,11 @@ Match none_wanted(Finder & f, const std::set<std::string> & paths, const ggml_te
 }
 
 // Opens `path` as the current model.
-Match make_current(Finder & f, const std::string & path, const ggml_tensor * tensor) {
+Choice make_current(Finder & f, const std::string & path, const ggml_tensor * tensor) {
     close_current(f);
     f.current = open_model(f, path);
-    return f.current ? Match::streamed : none_usable(f, { path }, tensor);
+    if (!f.current) { return { none_usable(f, { path }, tensor), {} }; }
+    return { Match::streamed, { f.current.get() } };
 }
 
 // All candidates catalogued beside the current one. Those that are open no more are closed.
@@ -301,91 +160,120 @@ Match kept_beside(Finder & f, const std::string & path, const ggml_tensor * tens
     return Match::other;
 }
 
-// Several model files are open at once: the one that has this tensor, if it is the only one.
-Match choose_among(Finder & f, const std::vector<std::string> & candidates, const ggml_tensor * tensor) {
-    make_spares(f, candidates);
-    const auto fits = [&](const std::unique_ptr<Model> & model) { return holds(*model, tensor); };
-    const bool current_open = f.current && std::find(candidates.begin(), candidates.end(), f.current->path) != candidates.end();
-    const bool current_fits = current_open && holds(*f.current, tensor);
-    const auto first = std::find_if(f.spares.begin(), f.spares.end(), fits);
-    if (first == f.spares.end()) { return current_fits ? Match::streamed : Match::unknown; }
-    if (current_fits || std::find_if(first + 1, f.spares.end(), fits) != f.spares.end()) {
-        std::string text = "several model files are open and more than one has a tensor '" + std::string(tensor->name) +
-                           "'; name the one to stream with FLEA_MODEL:";
-        for (const std::string & path : candidates) { text += " " + path; }
-        return refuse(f, FLEA_E_INVALID, text);
-    }
-    if (f.current && f.current->placed_buffers_count > 0) { return kept_beside(f, (*first)->path, tensor); }
-    std::unique_ptr<Model> chosen = std::move(*first);
-    f.spares.erase(first);
-    if (current_open) {
-        f.spares.push_back(std::move(f.current));
+// A spare becomes the current model; the one before stays as a spare if its file is still open.
+void promote(Finder & f, Model * chosen) {
+    const auto same = [&](const std::unique_ptr<Model> & model) { return model.get() == chosen; };
+    const auto place = std::find_if(f.spares.begin(), f.spares.end(), same);
+    std::unique_ptr<Model> before = std::move(f.current);
+    f.current = std::move(*place);
+    f.spares.erase(place);
+    if (!before) { return; }
+    if (std::find(f.candidates.begin(), f.candidates.end(), before->path) != f.candidates.end()) {
+        f.spares.push_back(std::move(before));
     } else {
-        close_current(f);
+        stats_snapshot(before.get());
     }
-    f.current = std::move(chosen);
-    return Match::streamed;
 }
 
-// Makes f.current the model this tensor may belong to (`streamed`), or says why there is none.
-Match choose(Finder & f, const ggml_tensor * tensor) {
-    if (f.config.model) { return f.current ? Match::streamed : Match::unknown; }
-    const std::set<std::string> open = open_models(f);
+// Several model files are open at once. A file that lacked one tensor of this load is not the one being loaded.
+Choice choose_among(Finder & f, const ggml_tensor * tensor, Purpose purpose) {
+    make_spares(f, f.candidates);
+    std::vector<Model *> fitting;
+    const auto look = [&](Model * model) {
+        const bool has = holds(*model, tensor);
+        model->missed += has ? 0 : 1;
+        if (has && model->missed == 0) { fitting.push_back(model); }
+    };
+    if (f.current && std::find(f.candidates.begin(), f.candidates.end(), f.current->path) != f.candidates.end()) { look(f.current.get()); }
+    for (const auto & spare : f.spares) { look(spare.get()); }
+    if (fitting.empty()) { return { Match::unknown, {} }; }
+    if (purpose == Purpose::trying) { return { Match::streamed, fitting }; }
+    if (fitting.size() > 1) {
+        std::string text = "several open files may be the model that is loaded; name it with FLEA_MODEL:";
+        for (const std::string & path : f.candidates) { text += " " + path; }
+        return { refuse(f, FLEA_E_INVALID, text), {} };
+    }
+    if (fitting[0] != f.current.get()) {
+        if (f.current && f.current->placed_buffers_count > 0) { return { kept_beside(f, fitting[0]->path, tensor), {} }; }
+        promote(f, fitting[0]);
+    }
+    return { Match::streamed, { f.current.get() } };
+}
+
+bool is_own(const Finder & f, int fd) {
+    const auto has = [fd](const Model & model) {
+        return std::find(model.own_fds.begin(), model.own_fds.end(), fd) != model.own_fds.end();
+    };
+    if (f.current && has(*f.current)) { return true; }
+    return std::any_of(f.spares.begin(), f.spares.end(), [&](const std::unique_ptr<Model> & model) { return has(*model); });
+}
+
+void set_candidates(Finder & f, std::vector<std::string> candidates) {
+    if (f.candidates == candidates) { return; }
+    f.candidates = std::move(candidates);
+    if (f.current) { f.current->missed = 0; }
+    for (const auto & spare : f.spares) { spare->missed = 0; }
+}
+
+Choice choose(Finder & f, const ggml_tensor * tensor, Purpose purpose) {
+    if (f.config.model) { return { Match::streamed, { f.current.get() } }; }
+    const std::set<std::string> open = open_model_files([&](int fd) { return is_own(f, fd); });
     const std::string & wanted = environment().model;
 
     // Nothing open (after loading, or a host that hides its files): the model known so far, or the one that was named.
     if (open.empty()) {
-        if (f.current) { return Match::streamed; }
-        return wanted.empty() ? Match::unknown : make_current(f, first_shard_of(wanted), tensor);
+        if (f.current) { return { Match::streamed, { f.current.get() } }; }
+        if (wanted.empty()) { return { Match::unknown, {} }; }
+        return make_current(f, first_shard_of(wanted), tensor);
     }
     std::vector<std::string> candidates;
     for (const std::string & path : open) {
         const bool usable = f.rejected.find(path) == f.rejected.end();
         if (usable && (wanted.empty() || same_file(path, first_shard_of(wanted)))) { candidates.push_back(path); }
     }
-    if (candidates.empty()) { return wanted.empty() ? none_usable(f, open, tensor) : none_wanted(f, open, tensor); }
-    if (candidates.size() > 1) { return choose_among(f, candidates, tensor); }
+    set_candidates(f, candidates);
+    if (candidates.empty()) { return { wanted.empty() ? none_usable(f, open, tensor) : none_wanted(f, open, tensor), {} }; }
+    if (candidates.size() > 1) { return choose_among(f, tensor, purpose); }
     f.spares.clear();
-    if (f.current && candidates[0] == f.current->path) { return Match::streamed; }
-    if (f.current && f.current->placed_buffers_count > 0) { return kept_beside(f, candidates[0], tensor); }
+    if (f.current && candidates[0] == f.current->path) { return { Match::streamed, { f.current.get() } }; }
+    if (f.current && f.current->placed_buffers_count > 0) { return { kept_beside(f, candidates[0], tensor), {} }; }
     return make_current(f, candidates[0], tensor);
+}
+
+// What `model` has to say about a tensor.
+Match look_up(const Model & model, const ggml_tensor * tensor, const Weight ** weight) {
+    flea_tensor info = {};
+    info.struct_size = sizeof(info);
+    if (flea_model_tensor(model.handle, tensor->name, &info) != FLEA_OK) { return Match::unknown; }
+    if (!holds(model, tensor)) { return Match::other; }
+    const auto entry = model.weights.find(tensor->name);
+    if (entry == model.weights.end()) { return Match::kept; }
+    *weight = entry->second.get();
+    return Match::streamed;
 }
 
 }  // namespace
 
-Model::~Model() {
-    for (const int fd : advice_fds) {
-        if (fd >= 0) { close(fd); }
+Match try_weight(const ggml_tensor * tensor, bool * is_cut) {
+    Finder & f = finder();
+    std::lock_guard<std::mutex> guard(f.mutex);
+    const Choice choice = choose(f, tensor, Purpose::trying);
+    Match match = choice.match;
+    *is_cut = false;
+    for (const Model * model : choice.models) {
+        const Weight * weight = nullptr;
+        match = look_up(*model, tensor, &weight);
+        *is_cut = *is_cut || (weight && weight->is_cut());
+        if (match != Match::streamed) { break; }
     }
-    if (owned) { flea_model_close(handle); }
-}
-
-bool is_adapter_name(const char * name) {
-    return ends_with(name, ".lora_a") || ends_with(name, ".lora_b");
-}
-
-bool is_model_weight_name(const char * name) {
-    return (starts_with(name, "blk.") || starts_with(name, "output.") || starts_with(name, "output_norm") ||
-            starts_with(name, "token_embd.")) && !is_adapter_name(name);
-}
-
-bool is_weight_name(const char * name) {
-    return starts_with(name, "blk.") || ends_with(name, ".weight") || ends_with(name, ".bias") || ends_with(name, "scale");
+    return match;
 }
 
 Match find_weight(const ggml_tensor * tensor, const Weight ** weight) {
     Finder & f = finder();
     std::lock_guard<std::mutex> guard(f.mutex);
-    const Match chosen = choose(f, tensor);
-    if (chosen != Match::streamed) { return chosen; }
-    flea_tensor info = {};
-    info.struct_size = sizeof(info);
-    if (flea_model_tensor(f.current->handle, tensor->name, &info) != FLEA_OK) { return Match::unknown; }
-    if (!holds(*f.current, tensor)) { return Match::other; }
-    const auto entry = f.current->weights.find(tensor->name);
-    if (entry == f.current->weights.end()) { return Match::kept; }
-    *weight = entry->second.get();
-    return Match::streamed;
+    const Choice choice = choose(f, tensor, Purpose::placing);
+    return choice.models.empty() ? choice.match : look_up(*choice.models[0], tensor, weight);
 }
 
 void model_buffer_placed(Model * model) {
@@ -445,57 +333,9 @@ bool current_sizes(uint64_t * model_bytes, uint64_t * smallest_bytes) {
     return true;
 }
 
-uint32_t placed_layers(const Model & model) {
-    std::vector<bool> placed(model.info.layer_count, false);
-    for (const auto & entry : model.weights) {
-        if (!entry.second->placed) { continue; }
-        for (int32_t layer = entry.second->layer; layer <= entry.second->layer_last; ++layer) { placed[(size_t) layer] = true; }
-    }
-    return (uint32_t) std::count(placed.begin(), placed.end(), true);
-}
-
-void model_before_acquire(Model * model) {
-    if (model->planned.load(std::memory_order_acquire)) { return; }
-    drop_page_cache(model);  // what is left of the host's own loading; the pool is about to need the memory
-    pending_bytes = reserved_untouched_bytes();
-    const uint32_t placed = placed_layers(*model);
-    if (placed < model->info.layer_count && !model->warned.exchange(true)) {
-        log_line(LogLevel::warn, "%s: llama.cpp kept %u of %u layers in ordinary memory, where they are not streamed; -ngl 99 -fit off "
-                 "puts all of them on FLEA, a smaller -c or -ub leaves room for them", model->path.c_str(),
-                 model->info.layer_count - placed, model->info.layer_count);
-    }
-}
-
-void model_acquired(Model * model) {
-    if (model->planned.exchange(true, std::memory_order_acq_rel)) { return; }
-    flea_info info = {};
-    info.struct_size = sizeof(info);
-    if (flea_model_info(model->handle, &info) != FLEA_OK) { return; }
-    const auto mib = [](uint64_t bytes) { return (unsigned long long) (bytes >> 20); };
-    log_line(LogLevel::info, "%s: model %llu MiB, memory %llu MiB, of it weights %llu MiB: %llu MiB resident, %llu MiB streamed per pass",
-             model->path.c_str(), mib(info.model_bytes), mib(info.total_bytes), mib(info.weight_budget_bytes), mib(info.resident_bytes),
-             mib(info.streamed_bytes_per_pass));
-}
-
 void stats_current() {
     std::lock_guard<std::mutex> guard(finder().mutex);
     if (finder().current) { stats_snapshot(finder().current.get()); }
-}
-
-// The page cache is dropped as a whole every so often, not piece by piece: the kernel drops only folios that lie in a range
-// completely, and what read-ahead brought past the end of a tensor would stay.
-void loader_read(const Weight * weight, uint64_t bytes) {
-    constexpr uint64_t step_bytes = 32ull << 20;
-    const uint64_t before = counters.loader_bytes.fetch_add(bytes);
-    if (before / step_bytes == (before + bytes) / step_bytes) { return; }
-    sample_memory();
-    drop_page_cache(weight->model);
-}
-
-void drop_page_cache(Model * model) {
-    for (const int fd : model->advice_fds) {
-        if (fd >= 0) { posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED); }
-    }
 }
 
 }  // namespace ggml_flea

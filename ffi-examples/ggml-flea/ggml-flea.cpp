@@ -140,9 +140,9 @@ ggml_backend_buffer_type_t device_host_buffer_type(ggml_backend_dev_t) { return 
 // the weight. What is not in the plan (embedding rows, globals, second models) has to stay with the host.
 bool supports_future_weight(const ggml_tensor * op, int src_index, const ggml_tensor * tensor) {
     if (!is_weight_name(tensor->name)) { return true; }  // KV cache of a dry run
-    const Weight * weight = nullptr;
-    switch (find_weight(tensor, &weight)) {
-        case Match::streamed: return !weight->is_cut() || (op->op == GGML_OP_MUL_MAT && src_index == 0);
+    bool is_cut = false;
+    switch (try_weight(tensor, &is_cut)) {
+        case Match::streamed: return !is_cut || (op->op == GGML_OP_MUL_MAT && src_index == 0);
         case Match::refused:  return true;  // init_tensor then makes the load fail, instead of the host taking it all
         case Match::kept:
         case Match::other:

@@ -3,7 +3,7 @@
 #
 #   scripts/train-demo-model/run.sh [OUTPUT.gguf]
 #
-# About 45 minutes on two cores, no GPU. Seeded; resumes where it was stopped. The tools live in a Python environment of
+# About 20 minutes on two idle cores, no GPU. Seeded; resumes where it was stopped. The tools live in a Python environment of
 # its own, below the cache directory, with the versions of requirements.txt.
 set -euo pipefail
 cd "$(dirname "$0")"

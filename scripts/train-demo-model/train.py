@@ -84,7 +84,7 @@ def tell(weights, shape, sp, prompt, count):
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("folder", type=pathlib.Path, help="where tokenizer, tokens and checkpoints lie")
-    arguments.add_argument("--steps", type=int, default=2400)
+    arguments.add_argument("--steps", type=int, default=800)
     arguments.add_argument("--batch", type=int, default=8)
     arguments.add_argument("--length", type=int, default=256)
     arguments.add_argument("--rate", type=float, default=2.5e-3)

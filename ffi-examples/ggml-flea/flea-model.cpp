@@ -1,0 +1,131 @@
+// One streamed model: its catalog as the device needs it, and the moments of its life that others have to hear of.
+
+#include <algorithm>
+#include <cstring>
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include "flea-device.hpp"
+
+namespace ggml_flea {
+namespace {
+
+bool ends_with(const char * text, const char * suffix) {
+    const size_t length = strlen(text);
+    const size_t suffix_length = strlen(suffix);
+    return length >= suffix_length && strcmp(text + length - suffix_length, suffix) == 0;
+}
+
+bool starts_with(const char * text, const char * prefix) {
+    return strncmp(text, prefix, strlen(prefix)) == 0;
+}
+
+// Everything of the model's files that is in the page cache and not mapped.
+void drop_page_cache(Model * model) {
+    for (const int fd : model->advice_fds) {
+        if (fd >= 0) { posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED); }
+    }
+}
+
+}  // namespace
+
+Model::~Model() {
+    for (const int fd : advice_fds) {
+        if (fd >= 0) { close(fd); }
+    }
+    if (owned) { flea_model_close(handle); }
+}
+
+// Fills in what the catalog says; false when nothing in the file is streamed (projector, adapter).
+bool read_catalog(Model & model) {
+    model.info.struct_size = sizeof(model.info);
+    if (flea_model_info(model.handle, &model.info) != FLEA_OK) { return false; }
+    std::vector<uint64_t> layer_bytes(model.info.layer_count, 0);
+    bool has_base_weights = false;
+    for (uint32_t i = 0; i < model.info.tensor_count; ++i) {
+        flea_tensor tensor = {};
+        tensor.struct_size = sizeof(tensor);
+        if (flea_model_tensor_at(model.handle, i, &tensor) != FLEA_OK || tensor.layer < 0) { continue; }
+        has_base_weights = has_base_weights || !is_adapter_name(tensor.name);
+        const uint64_t layers = (uint64_t) (tensor.layer_last - tensor.layer) + 1;
+        for (int32_t layer = tensor.layer; layer <= tensor.layer_last; ++layer) {
+            layer_bytes[(size_t) layer] += tensor.bytes / layers;
+        }
+        auto weight = std::make_unique<Weight>();
+        weight->model = &model;
+        weight->layer = tensor.layer;
+        weight->layer_last = tensor.layer_last;
+        weight->rows_per_layer = tensor.rows_per_layer;
+        weight->bytes = tensor.bytes;
+        weight->data = const_cast<void *>(tensor.data);
+        model.by_address.emplace(tensor.data, weight.get());
+        model.weights.emplace(tensor.name, std::move(weight));
+    }
+    for (const uint64_t bytes : layer_bytes) { model.largest_layer_bytes = std::max(model.largest_layer_bytes, bytes); }
+    return has_base_weights && std::string(model.info.architecture ? model.info.architecture : "") != "clip";
+}
+
+bool holds(const Model & model, const ggml_tensor * tensor) {
+    flea_tensor info = {};
+    info.struct_size = sizeof(info);
+    return flea_model_tensor(model.handle, tensor->name, &info) == FLEA_OK && info.type == (uint32_t) tensor->type &&
+           info.bytes == ggml_nbytes(tensor);
+}
+
+bool is_adapter_name(const char * name) {
+    return ends_with(name, ".lora_a") || ends_with(name, ".lora_b");
+}
+
+bool is_model_weight_name(const char * name) {
+    return (starts_with(name, "blk.") || starts_with(name, "output.") || starts_with(name, "output_norm") ||
+            starts_with(name, "token_embd.")) && !is_adapter_name(name);
+}
+
+bool is_weight_name(const char * name) {
+    return starts_with(name, "blk.") || ends_with(name, ".weight") || ends_with(name, ".bias") || ends_with(name, "scale");
+}
+
+uint32_t placed_layers(const Model & model) {
+    std::vector<bool> placed(model.info.layer_count, false);
+    for (const auto & entry : model.weights) {
+        if (!entry.second->placed) { continue; }
+        for (int32_t layer = entry.second->layer; layer <= entry.second->layer_last; ++layer) { placed[(size_t) layer] = true; }
+    }
+    return (uint32_t) std::count(placed.begin(), placed.end(), true);
+}
+
+void model_before_acquire(Model * model) {
+    if (model->planned.load(std::memory_order_acquire)) { return; }
+    drop_page_cache(model);  // what is left of the host's own loading; the pool is about to need the memory
+    pending_bytes = reserved_untouched_bytes();
+    const uint32_t placed = placed_layers(*model);
+    if (placed < model->info.layer_count && !model->warned.exchange(true)) {
+        log_line(LogLevel::warn, "%s: llama.cpp kept %u of %u layers in ordinary memory, where they are not streamed; -ngl 99 -fit off "
+                 "puts all of them on FLEA, a smaller -c or -ub leaves room for them", model->path.c_str(),
+                 model->info.layer_count - placed, model->info.layer_count);
+    }
+}
+
+void model_acquired(Model * model) {
+    if (model->planned.exchange(true, std::memory_order_acq_rel)) { return; }
+    flea_info info = {};
+    info.struct_size = sizeof(info);
+    if (flea_model_info(model->handle, &info) != FLEA_OK) { return; }
+    const auto mib = [](uint64_t bytes) { return (unsigned long long) (bytes >> 20); };
+    log_line(LogLevel::info, "%s: model %llu MiB, memory %llu MiB, of it weights %llu MiB: %llu MiB resident, %llu MiB streamed per pass",
+             model->path.c_str(), mib(info.model_bytes), mib(info.total_bytes), mib(info.weight_budget_bytes), mib(info.resident_bytes),
+             mib(info.streamed_bytes_per_pass));
+}
+
+// The page cache is dropped as a whole every so often, not piece by piece: the kernel drops only folios that lie in a range
+// completely, and what read-ahead brought past the end of a tensor would stay.
+void loader_read(const Weight * weight, uint64_t bytes) {
+    constexpr uint64_t step_bytes = 32ull << 20;
+    const uint64_t before = counters.loader_bytes.fetch_add(bytes);
+    if (before / step_bytes == (before + bytes) / step_bytes) { return; }
+    sample_memory();
+    drop_page_cache(weight->model);
+}
+
+}  // namespace ggml_flea
