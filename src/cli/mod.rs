@@ -48,8 +48,8 @@ Examples:
   flea bench raw big.gguf
 
 Sizes are written 4GiB, 4GB, 512M, or as a number of bytes; a memory budget also as a share of the model, 50%.
-Exit codes: 0 done, 1 failed, 2 usage, 3 daemon unreachable, 4 budget or resource refused, 5 not a model file
-or its bytes are the cause, 130 interrupted.";
+Exit codes: 0 done, 1 failed, 2 usage, 3 daemon unreachable, 4 budget or resource refused, 5 not a model file or its \
+bytes are the cause, 130 interrupted.";
 
 /// True when the arguments ask for `--json`. Known before they are parsed, because a parse error must obey it too.
 #[must_use]
@@ -70,12 +70,17 @@ pub fn usage(error: &clap::Error, json: bool) -> ExitCode {
     }
     let _ = error.print();
     if json {
-        let text = error.render().to_string();
-        let message = text.lines().next().unwrap_or("bad usage");
-        let message = message.strip_prefix("error: ").unwrap_or(message);
+        let message = first_paragraph(&error.render().to_string());
         print_failure(&Error::new(ErrorKind::Invalid, message));
     }
     ExitCode::from(ErrorKind::Invalid.exit_code())
+}
+
+/// What clap says before it explains the usage, on one line.
+fn first_paragraph(text: &str) -> String {
+    let text = text.strip_prefix("error: ").unwrap_or(text);
+    let lines = text.lines().take_while(|line| !line.trim().is_empty());
+    lines.map(str::trim).collect::<Vec<_>>().join(" ")
 }
 
 /// Ends a program: reports a failure (`error: ...` on stderr, one JSON object on stdout with `--json`) and gives the
@@ -252,6 +257,14 @@ mod tests {
             failure(&error).to_string(),
             r#"{"error":{"status":"REFUSED","message":"needs 3.00 GiB","exit_code":4}}"#
         );
+    }
+
+    #[test]
+    fn usage_errors_fit_on_a_line() {
+        let text =
+            "error: the following arguments are missing:\n  --output <FILE>\n\nUsage: flea synth\n";
+        let expected = "the following arguments are missing: --output <FILE>";
+        assert_eq!(first_paragraph(text), expected);
     }
 
     #[test]

@@ -153,7 +153,7 @@ pub fn command(args: &Args) -> Result<()> {
         split_bytes: args.split_bytes,
         force: args.force,
     };
-    log::info!("{:?}", spec.shape);
+    log::debug!("{:?}", spec.shape);
     let stop = super::stop_on_signal()?;
     let mut bar = Progress::new();
     let result = generate(&spec, &args.output, &stop, |done, total| {

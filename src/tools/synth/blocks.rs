@@ -7,7 +7,9 @@
 
 use half::{bf16, f16};
 
-/// The storage formats synth writes: ggml's number and geometry, and how a random block is made.
+use crate::model::DType;
+
+/// The storage formats synth writes, and how a random block of each is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
     /// 32-bit reals: norms, biases, the router of a mixture of experts.
@@ -29,48 +31,41 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// ggml's number of the type.
-    #[must_use]
-    pub const fn ggml_type(self) -> u32 {
+    /// The type in the catalog's terms: its number and geometry stand there and nowhere else.
+    const fn dtype(self) -> DType {
         match self {
-            Self::F32 => 0,
-            Self::F16 => 1,
-            Self::Q4_0 => 2,
-            Self::Q8_0 => 8,
-            Self::Q4K => 12,
-            Self::Q5K => 13,
-            Self::Q6K => 14,
-            Self::Bf16 => 30,
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::Bf16 => DType::BF16,
+            Self::Q8_0 => DType::Q8_0,
+            Self::Q4_0 => DType::Q4_0,
+            Self::Q4K => DType::Q4_K,
+            Self::Q5K => DType::Q5_K,
+            Self::Q6K => DType::Q6_K,
         }
+    }
+
+    /// ggml's number of the type. Every type here has one.
+    #[must_use]
+    pub fn ggml_type(self) -> u32 {
+        self.dtype().ggml_number().unwrap_or(u32::MAX)
     }
 
     /// Values of one block; a row is a whole number of blocks.
     #[must_use]
-    pub const fn block_elements(self) -> u64 {
-        match self {
-            Self::F32 | Self::F16 | Self::Bf16 => 1,
-            Self::Q8_0 | Self::Q4_0 => 32,
-            Self::Q4K | Self::Q5K | Self::Q6K => 256,
-        }
+    pub fn block_elements(self) -> u64 {
+        self.dtype().block_elements()
     }
 
     /// Bytes of one block.
     #[must_use]
-    pub const fn block_bytes(self) -> u64 {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-            Self::Q4_0 => 18,
-            Self::Q8_0 => 34,
-            Self::Q4K => 144,
-            Self::Q5K => 176,
-            Self::Q6K => 210,
-        }
+    pub fn block_bytes(self) -> u64 {
+        self.dtype().block_bytes()
     }
 
     /// Bytes of this many values.
     #[must_use]
-    pub const fn bytes(self, elements: u64) -> u64 {
+    pub fn bytes(self, elements: u64) -> u64 {
         elements / self.block_elements() * self.block_bytes()
     }
 

@@ -1,9 +1,10 @@
 //! Synthetic models: GGUF files of any size with random weights, which stock llama.cpp loads and runs.
 //!
-//! `blocks` draws the weights, `vocab` makes the words, `shape` decides the sizes, `tensors` lists what to write, `file`
-//! writes it safely. The same seed and shape give the same bytes, on every machine. What the models say means nothing,
+//! `blocks` draws the weights, `vocab` makes the words, `arch` names what there is, `shape` decides the sizes, `tensors`
+//! lists what to write, `file` writes it safely. The same seed and shape give the same bytes, on every machine. What the models say means nothing,
 //! but it depends on the prompt, on every layer and on the order of all of them, which is what tests need.
 
+mod arch;
 pub mod blocks;
 mod file;
 pub mod shape;

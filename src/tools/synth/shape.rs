@@ -4,12 +4,9 @@
 //! a few percent of it; whatever was given stays as given. All numbers are bounded here, so that later products fit
 //! 64 bits with ease.
 
-use std::fmt;
-use std::str::FromStr;
-
-use super::blocks::Kind;
+pub use super::arch::{Arch, Quant};
 use super::tensors;
-use super::vocab::{QUIET_TOKENS, Tokenizer, VOCAB_MAX, VOCAB_MIN};
+use super::vocab::{QUIET_TOKENS, VOCAB_MAX, VOCAB_MIN};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{GIB, HumanBytes, MIB};
 
@@ -24,174 +21,6 @@ const CTX_MAX: u64 = 1 << 24;
 const VOCAB_IS_FREE_BYTES: u64 = 128 * MIB;
 /// A target size may be missed by this share of it before that is an error.
 const SIZE_SLACK: f64 = 0.05;
-
-/// Architectures, by the names of llama.cpp (mixtral is its llama with experts).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Arch {
-    /// Llama 2 and 3, Mistral.
-    Llama,
-    /// Qwen 2: biases on queries, keys and values.
-    Qwen2,
-    /// Qwen 3: norms on queries and keys.
-    Qwen3,
-    /// Gemma 3: sliding windows, norms behind each branch, always tied embeddings.
-    Gemma3,
-    /// Mixtral.
-    Mixtral,
-    /// Qwen 3 with many small experts.
-    Qwen3Moe,
-}
-
-impl Arch {
-    /// All of them.
-    pub const ALL: [Self; 6] = [
-        Self::Llama,
-        Self::Qwen2,
-        Self::Qwen3,
-        Self::Gemma3,
-        Self::Mixtral,
-        Self::Qwen3Moe,
-    ];
-
-    /// The name on the command line.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Mixtral => "mixtral",
-            _ => self.gguf_name(),
-        }
-    }
-
-    /// `general.architecture`.
-    #[must_use]
-    pub const fn gguf_name(self) -> &'static str {
-        match self {
-            Self::Llama | Self::Mixtral => "llama",
-            Self::Qwen2 => "qwen2",
-            Self::Qwen3 => "qwen3",
-            Self::Gemma3 => "gemma3",
-            Self::Qwen3Moe => "qwen3moe",
-        }
-    }
-
-    /// True where the feed-forward part is a mixture of experts.
-    #[must_use]
-    pub const fn has_experts(self) -> bool {
-        matches!(self, Self::Mixtral | Self::Qwen3Moe)
-    }
-
-    /// The tokenizer its models come with.
-    #[must_use]
-    pub const fn tokenizer(self) -> Tokenizer {
-        match self {
-            Self::Llama | Self::Mixtral | Self::Gemma3 => Tokenizer::SentencePiece,
-            Self::Qwen2 | Self::Qwen3 | Self::Qwen3Moe => Tokenizer::BytePairs,
-        }
-    }
-}
-
-/// How the matrices are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Quant {
-    /// Half precision.
-    F16,
-    /// bfloat16.
-    Bf16,
-    /// 8 bits.
-    Q8_0,
-    /// 4 bits.
-    Q4_0,
-    /// 4 bits in blocks of 256, everywhere.
-    Q4K,
-    /// llama.cpp's mix: mostly Q4_K, some tensors Q6_K, attention of eight-expert models Q8_0 and Q5_K.
-    Q4KM,
-    /// 6 bits in blocks of 256.
-    Q6K,
-}
-
-impl Quant {
-    /// All of them.
-    pub const ALL: [Self; 7] = [
-        Self::F16,
-        Self::Bf16,
-        Self::Q8_0,
-        Self::Q4_0,
-        Self::Q4K,
-        Self::Q4KM,
-        Self::Q6K,
-    ];
-
-    /// The name on the command line.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::F16 => "f16",
-            Self::Bf16 => "bf16",
-            Self::Q8_0 => "q8_0",
-            Self::Q4_0 => "q4_0",
-            Self::Q4K => "q4_k",
-            Self::Q4KM => "q4_k_m",
-            Self::Q6K => "q6_k",
-        }
-    }
-
-    /// `general.file_type`, llama.cpp's number of the mix.
-    #[must_use]
-    pub const fn file_type(self) -> u32 {
-        match self {
-            Self::F16 => 1,
-            Self::Q4_0 => 2,
-            Self::Q8_0 => 7,
-            Self::Q4K => 14,
-            Self::Q4KM => 15,
-            Self::Q6K => 18,
-            Self::Bf16 => 32,
-        }
-    }
-
-    /// The kind of most matrices.
-    #[must_use]
-    pub const fn kind(self) -> Kind {
-        match self {
-            Self::F16 => Kind::F16,
-            Self::Bf16 => Kind::Bf16,
-            Self::Q8_0 => Kind::Q8_0,
-            Self::Q4_0 => Kind::Q4_0,
-            Self::Q4K | Self::Q4KM => Kind::Q4K,
-            Self::Q6K => Kind::Q6K,
-        }
-    }
-}
-
-macro_rules! named {
-    ($type:ty, $what:literal) => {
-        impl fmt::Display for $type {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(self.name())
-            }
-        }
-
-        impl FromStr for $type {
-            type Err = String;
-
-            fn from_str(text: &str) -> std::result::Result<Self, String> {
-                Self::ALL
-                    .into_iter()
-                    .find(|value| value.name().eq_ignore_ascii_case(text))
-                    .ok_or_else(|| {
-                        let names = Self::ALL.map(Self::name).join(", ");
-                        format!(
-                            concat!("'{}' is not ", $what, "; there are {}"),
-                            text, names
-                        )
-                    })
-            }
-        }
-    };
-}
-
-named!(Arch, "an architecture");
-named!(Quant, "a weight type");
 
 /// What the user asked for; what is left open is chosen.
 #[derive(Debug, Clone, Copy, Default)]
@@ -479,11 +308,11 @@ fn badness(shape: &Shape, wish: &Wish, size_bytes: u64) -> f64 {
 /// Layers, then the width of the feed-forward part, then (of small models) the vocabulary, so that the size comes out.
 fn tune(mut shape: Shape, wish: &Wish, size_bytes: u64) -> Shape {
     if wish.layers.is_none() {
-        shape.layers = crossing(4, LAYERS_MAX, |layers| {
+        shape.layers = crossing(2, LAYERS_MAX, |layers| {
             Shape { layers, ..shape }.tensor_bytes() >= size_bytes
         });
         let fewer = Shape {
-            layers: (shape.layers - 1).max(4),
+            layers: (shape.layers - 1).max(2),
             ..shape
         };
         if miss(fewer.tensor_bytes(), size_bytes) < miss(shape.tensor_bytes(), size_bytes) {
