@@ -31,9 +31,12 @@ say "1. $model with half of its weights in memory: flea run --memory 50%"
 "$flea" run "$model" -p "$prompt" -n 160 --memory 50%
 
 say "2. The same three times: streamed, resident in flea's pool, and by llama.cpp alone"
-"$flea" run "$model" -p "$prompt" -n 160 --json --memory 50% >"$work/streamed.json"
-"$flea" run "$model" -p "$prompt" -n 160 --json --memory 110% >"$work/resident.json"
-"$flea" run "$model" -p "$prompt" -n 160 --json --no-stream >"$work/alone.json"
+run() { # run NAME OPTIONS: what it says on standard error matters only when it fails
+  "$flea" run "$model" -p "$prompt" -n 160 --json "${@:2}" >"$work/$1.json" 2>"$work/stderr" || { cat "$work/stderr" >&2; return 1; }
+}
+run streamed --memory 50%
+run resident --memory 110%
+run alone --no-stream
 s=$work/streamed.json
 figure 'model' "$(json "$s" '"\(.model_bytes) bytes, \(.resident_bytes) of them resident"')"
 figure 'read from the drive for each token' "$(json "$s" '"\(.streamed_bytes_per_pass) bytes"')"
@@ -43,14 +46,14 @@ figure 'tokens per second' "$(for run in streamed resident alone; do json "$work
   paste -sd ' ' | awk '{ print $1 " streamed, " $2 " resident, " $3 " llama.cpp alone" }')"
 
 # What makes the comparison worth anything: the streamed run streamed, the others did not.
-json "$s" 'if .streamed_bytes_per_pass > 0 and .resident_bytes < .model_bytes and .loads > 0 then empty else "no" end' | grep -q . &&
+jq -e '.streamed_bytes_per_pass > 0 and .resident_bytes < .model_bytes and .loads > 0' "$s" >/dev/null ||
   { echo "demo: FAILED: the first run did not stream" >&2; exit 1; }
-json "$work/resident.json" 'if .streamed_bytes_per_pass == 0 then empty else "no" end' | grep -q . &&
+jq -e '.streamed_bytes_per_pass == 0 and .acquires > 0' "$work/resident.json" >/dev/null ||
   { echo "demo: FAILED: the second run was not resident" >&2; exit 1; }
-json "$work/alone.json" 'if .acquires == 0 then empty else "no" end' | grep -q . &&
+jq -e '.acquires == 0' "$work/alone.json" >/dev/null ||
   { echo "demo: FAILED: the third run used flea's device" >&2; exit 1; }
 for other in resident alone; do
-  if [[ $(json "$s" '[.token_ids, .logits_hash] | tostring') != $(json "$work/$other.json" '[.token_ids, .logits_hash] | tostring') ]]; then
+  if ! jq -se 'map([.token_ids, .logits_hash]) | .[0] == .[1]' "$s" "$work/$other.json" >/dev/null; then
     echo "demo: FAILED: the streamed run and the $other one differ" >&2
     exit 1
   fi
