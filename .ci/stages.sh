@@ -45,13 +45,13 @@ header_is_current() {
   git diff --exit-code -- include/flea.h
 }
 
-# Every "SKIP: reason" of the tests must match a line (an extended regular expression) of the committed list.
+# Every "SKIP: reason" (or "SKIPPED test: reason") of the tests must match a line (an extended regular expression) of the committed list.
 no_new_skips() {
   local target log allowed skips
   target=${CARGO_TARGET_DIR:-target}
   log=$target/test-output.log
   allowed=$(grep -v -E '^(#|[[:space:]]*$)' .ci/allowed-skips.txt || true)
-  skips=$(grep -o -E 'SKIP: .*' "$log" | sort -u || true)
+  skips=$(grep -o -E '(SKIP: |SKIPPED ).*' "$log" | sort -u || true)
   [[ -z "$skips" ]] && { echo 'nothing was skipped'; return 0; }
   printf '%s\n' "$skips"
   [[ -n "$allowed" ]] && skips=$(grep -v -x -E -f <(printf '%s\n' "$allowed") <<<"$skips" || true)
