@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{flea, json, number, output, synth};
+use common::{flea, json, number, synth};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -320,6 +320,7 @@ fn the_logits_file_holds_one_row_per_token() {
 #[cfg(feature = "faults")]
 mod faults {
     use super::*;
+    use crate::common::output;
 
     #[test]
     fn a_flipped_byte_in_a_transient_page_changes_the_logits() {
