@@ -198,7 +198,7 @@ typedef struct flea_tensor {
   uint32_t flags;
   // How many of `shape` count.
   uint32_t dims;
-  // Elements per dimension; shape[0] is contiguous. Unused ones are 1.
+  // Elements per dimension, the contiguous one first. Unused ones are 1.
   uint64_t shape[4];
   // Its size in bytes.
   uint64_t bytes;

@@ -134,7 +134,7 @@ pub fn print(text: &str) -> Result<()> {
 /// Writes one object on one line of stdout.
 ///
 /// # Errors
-/// As [`print`]; or the value cannot be JSON, a defect.
+/// As `print`; or the value cannot be JSON, a defect.
 pub fn print_json(value: &impl Serialize) -> Result<()> {
     let mut line = serde_json::to_string(value)
         .map_err(|error| Error::new(ErrorKind::Internal, format!("encode JSON: {error}")))?;

@@ -1,6 +1,6 @@
 //! The C ABI: thin, panic-proof, and all there is to it in `include/flea.h` (generated from `types` and `calls`).
 //!
-//! Every call runs inside [`guard`]: an error becomes a status and a text in this thread's [`last_error`]; a panic
+//! Every call runs inside `guard`: an error becomes a status and a text in this thread's last error; a panic
 //! becomes `FLEA_E_INTERNAL` and never crosses the border. Nothing here prints, exits or keeps global state.
 
 #![allow(unsafe_code)]

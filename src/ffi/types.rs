@@ -167,7 +167,7 @@ pub struct flea_tensor {
     pub flags: u32,
     /// How many of `shape` count.
     pub dims: u32,
-    /// Elements per dimension; shape[0] is contiguous. Unused ones are 1.
+    /// Elements per dimension, the contiguous one first. Unused ones are 1.
     pub shape: [u64; 4],
     /// Its size in bytes.
     pub bytes: u64,

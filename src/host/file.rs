@@ -6,7 +6,7 @@
 //!
 //! glibc copies everything a custom stream reads through its own memory into the destination, and a window without memory
 //! faults on that. So the program is linked with `--wrap=fread` (build.rs): llama.cpp's fread calls come to
-//! [`__wrap_fread`] first, which knows our streams and passes all others on. Only seek and tell go through the stream.
+//! `__wrap_fread` first, which knows our streams and passes all others on. Only seek and tell go through the stream.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_char, c_int, c_void};
