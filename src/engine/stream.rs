@@ -257,16 +257,19 @@ impl Stream<'_> {
         }
     }
 
+    /// Makes a whole fetch readable. A file that was cut and grown again meanwhile reads zeros without any error, so its
+    /// identity is looked at once more, after the last byte.
     fn publish(&self, fetch: u32) {
         let slot = self.core.state().slot_of(fetch);
         let run = &self.layout.fetches[fetch as usize].run;
-        let published = {
+        let unchanged = self.files[run.shard_index as usize].check_unchanged();
+        let published = unchanged.and_then(|()| {
             let mut pool = self.core.pool();
             match slot {
                 Some(slot) => pool.publish(slot),
                 None => pool.publish_resident(run),
             }
-        };
+        });
         let mut state = self.core.state();
         match published {
             Ok(()) => state.published(fetch),
