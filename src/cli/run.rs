@@ -219,6 +219,7 @@ struct Answer<'a> {
 /// # Errors
 /// What [`Session`] says, or a file or stdout that cannot be used.
 pub fn command(args: &Args) -> Result<ExitCode> {
+    process::restart_with_short_spins();
     process::tune_allocator();
     catch_signals()?;
     if args.no_stream && args.memory.is_some() {

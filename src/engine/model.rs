@@ -492,7 +492,9 @@ impl Running {
             });
         }
         stats.fallbacks.extend(self.not_bound.clone());
-        match self.core.pool().probe().report() {
+        // Measured without the pool's lock: walking the page tables takes milliseconds that the stream has not.
+        let probe = self.core.pool().probe();
+        match probe.report() {
             Ok(pages) => {
                 stats.huge_page_share = pages.huge_page_share;
                 stats.page_bytes = pages.page_bytes;
