@@ -35,6 +35,10 @@ log=$target/test-output.log
 run() { # Output of passing tests is wanted too: it holds the reasons of what was skipped.
   cargo test --locked --no-fail-fast "$@" -- --show-output 2>&1 | tee -a "$log"
 }
-# The rooms with debug assertions and overflow checks, then everything as it is shipped, plus fault injection.
-run --no-default-features --features cli,faults --lib "$@"
-run --release --all-features "$@"
+# The rooms with debug assertions and overflow checks; then everything as it is shipped, plus fault injection.
+result=0
+run --no-default-features --features cli,faults --lib || result=$?
+run --release --all-features --lib host:: || result=$?
+run --release --all-features --bins --test '*' || result=$?
+run --release --all-features --doc || result=$?
+exit "$result"
