@@ -26,7 +26,7 @@ pub fn tune_allocator() {
 /// 5 to 25 times slower (0.2 tokens/s against 1.1 to 6), because spinners take the core that the last thread needs.
 const SPIN_COUNT: &str = "20000";
 
-/// Starts the program once more with [`SPIN_COUNT`], which libgomp reads only when it is loaded. A choice that the user
+/// Starts the program once more with `SPIN_COUNT`, which libgomp reads only when it is loaded. A choice that the user
 /// made in the environment stands. Returns where nothing needs to change or the exec is refused (then llama.cpp runs with
 /// libgomp's default). Call it first: nothing of the process survives.
 pub fn restart_with_short_spins() {
