@@ -10,9 +10,6 @@ prompt='Once upon a time'
 target=${CARGO_TARGET_DIR:-target}
 flea=$target/release/flea
 
-# Threads of a model this small wait more than they compute: on a busy machine, spinning while they wait takes minutes.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 [[ -t 1 && -z "${NO_COLOR:-}" ]] || say() { printf '\n%s\n' "$*"; }
 figure() { printf '  %-34s %s\n' "$1" "$2"; }
