@@ -34,10 +34,10 @@ build: ## the release programs: $(TARGET)/release/flea
 # cargo's own name for the result is libflea.so; programs ask for the soname at run time, so it gets its links here.
 lib: ## the C library: $(CAPI)/lib/{libflea.so*,libflea.a,pkgconfig/flea.pc}, $(CAPI)/include/flea.h
 	$(CARGO) rustc --lib --locked --release --no-default-features --crate-type cdylib,staticlib --target-dir $(CAPI)/cargo -- -C link-arg=-Wl,-soname,libflea.so.0
-	@mkdir -p $(CAPI)/lib/pkgconfig $(CAPI)/include
-	@cp --update $(CAPI)/cargo/release/libflea.so $(CAPI)/lib/$(LIBRARY)
-	@cp --update $(CAPI)/cargo/release/libflea.a $(CAPI)/lib/libflea.a
-	@cp --update include/flea.h $(CAPI)/include/flea.h
+	@mkdir -p $(CAPI)/lib/pkgconfig $(CAPI)/include # copied only when different: hosts need no new link then
+	@install -C -m 755 $(CAPI)/cargo/release/libflea.so $(CAPI)/lib/$(LIBRARY)
+	@install -C -m 644 $(CAPI)/cargo/release/libflea.a $(CAPI)/lib/libflea.a
+	@install -C -m 644 include/flea.h $(CAPI)/include/flea.h
 	@ln -sf $(LIBRARY) $(CAPI)/lib/$(SONAME)
 	@ln -sf $(SONAME) $(CAPI)/lib/libflea.so
 	@scripts/flea-pc.sh $(VERSION) $(CAPI) $(CAPI)/lib $(CAPI)/include > $(CAPI)/lib/pkgconfig/flea.pc
