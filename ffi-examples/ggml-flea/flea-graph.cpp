@@ -110,8 +110,21 @@ void tell_order(Stream & stream) {
     std::lock_guard<std::mutex> guard(model->hint_mutex);
     if (model->last_hint == stream.order) { return; }
     const int32_t status = flea_hint(model->handle, stream.order.data(), stream.order.size());
-    if (status != FLEA_OK) { log_line(LogLevel::debug, "hint: %s", flea_last_error()); }  // costs waits, never wrong bytes
+    if (status != FLEA_OK) {  // costs waits, never wrong bytes
+        log_line(LogLevel::debug, "hint: %s", flea_last_error());
+        return;
+    }
     model->last_hint = stream.order;
+}
+
+// A graph that ended early leaves the engine in the middle of its order: the next one says it anew.
+void forget_order(const Stream & stream) {
+    for (const Step & step : stream.steps) {
+        if (!step.model) { continue; }
+        std::lock_guard<std::mutex> guard(step.model->hint_mutex);
+        step.model->last_hint.clear();
+        return;
+    }
 }
 
 // ---- computing
@@ -257,6 +270,7 @@ ggml_status graph_compute(Stream & stream, ggml_cgraph * graph) {
         const ggml_status computed = compute_step(stream, graph, step, lease, &status);
         if (computed == GGML_STATUS_SUCCESS) { continue; }
         lease.release();
+        forget_order(stream);
         if (status == FLEA_E_CANCELED) { return GGML_STATUS_ABORTED; }
         if (status != FLEA_OK) { report(*step.model, step.layer, status); }
         return computed;

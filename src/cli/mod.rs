@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use serde::Serialize;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -187,13 +187,13 @@ fn unknown_variables(names: impl Iterator<Item = OsString>) -> Vec<String> {
     unknown
 }
 
-/// A flag that Ctrl-C and SIGTERM raise, for work that looks at it now and then. A second one ends the program at once.
+/// A flag that Ctrl-C, SIGTERM and a closed terminal raise, for work that looks at it now and then. A second one ends the program at once.
 ///
 /// # Errors
 /// The handler cannot be installed.
 pub fn stop_on_signal() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
         flag::register_conditional_shutdown(signal, 130, Arc::clone(&stop))
             .and_then(|_| flag::register(signal, Arc::clone(&stop)))
             .map_err(|error| Error::from_io(&error, "install the handler for Ctrl-C"))?;

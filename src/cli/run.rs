@@ -2,8 +2,7 @@
 //! the figures at the end; the work is in [`crate::host`]. Answers go to stdout, everything else to stderr; with
 //! `--json` stdout gets one object on one line and nothing else.
 
-use std::fs::File;
-use std::io::{BufRead, BufWriter, IsTerminal, Write};
+use std::io::{BufRead, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -13,6 +12,7 @@ use serde::Serialize;
 use signal_hook::flag;
 
 use crate::cli;
+use crate::cli::run::logits::LogitsFile;
 use crate::cli::run::progress::{Loading, Reading};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ffi::types;
@@ -23,6 +23,7 @@ use crate::host::{
 };
 use crate::units::{GIB, MemorySpec};
 
+mod logits;
 mod progress;
 
 /// Set by SIGINT and SIGTERM: stop cleanly.
@@ -93,7 +94,7 @@ pub struct Args {
     seed: u32,
 
     /// Computing threads [default: one per core]
-    #[arg(short = 't', long, value_name = "N", value_parser = cli::count)]
+    #[arg(short = 't', long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=512))]
     threads: Option<u32>,
 
     /// Prompt tokens computed in one pass over the weights
@@ -227,7 +228,11 @@ pub fn command(args: &Args) -> Result<ExitCode> {
     }
     // Read before the model is loaded: a missing prompt should not take a minute to be noticed.
     let prompt = Prompt::read(args)?;
-    let mut rows = args.logits.as_deref().map(LogitsFile::create).transpose()?;
+    let mut rows = args
+        .logits
+        .as_deref()
+        .map(|path| LogitsFile::create(path, &args.model))
+        .transpose()?;
 
     let mut loading = Loading::start(args.json);
     let mut session = Session::open(&session_options(args), &mut |share| {
@@ -245,8 +250,9 @@ pub fn command(args: &Args) -> Result<ExitCode> {
         }
         Prompt::Tokens(tokens) => answer(&mut session, &mut sampler, &tokens, args, rows.as_mut()),
     };
-    if let Some(rows) = rows {
-        rows.finish()?;
+    match rows {
+        Some(rows) if outcome.is_ok() => rows.finish()?,
+        _ => {}
     }
     outcome
 }
@@ -260,8 +266,10 @@ fn catch_signals() -> Result<()> {
         flag::register(signal, &STOP)?;
         flag::register(signal, &EXIT_AT_ONCE)
     };
-    for signal in [libc::SIGINT, libc::SIGTERM] {
-        register(signal).map_err(|error| Error::from_io(&error, "catch SIGINT and SIGTERM"))?;
+    // A closed terminal is a stop like any other.
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        register(signal)
+            .map_err(|error| Error::from_io(&error, "catch SIGINT, SIGTERM and SIGHUP"))?;
     }
     Ok(())
 }
@@ -518,13 +526,15 @@ fn say_summary(generation: &Generation, figures: &Figures) {
     let tokens = per_second(decode_passes(generation), generation.decode_seconds);
     let mut line = format!("{} tokens, {tokens:.2} tokens/s", generation.tokens.len());
     if let Some(resident_bytes) = figures.resident_bytes {
-        let resident = share(resident_bytes as f64, figures.model_bytes as f64);
+        // Of the weights that are planned: what the host keeps itself (token embeddings) is not flea's to stream.
+        let planned_bytes = resident_bytes + figures.streamed_bytes_per_pass.unwrap_or(0);
+        let resident = share(resident_bytes as f64, planned_bytes as f64);
         let seconds = generation.prompt_seconds + generation.decode_seconds;
         line += &format!(
             ", {:.2} GB/s streamed, {resident:.0} % resident ({:.2} of {:.2} GiB), stalled {:.0} % of the time",
             gigabytes_per_second(figures),
             resident_bytes as f64 / GIB as f64,
-            figures.model_bytes as f64 / GIB as f64,
+            planned_bytes as f64 / GIB as f64,
             share(figures.stall_seconds, seconds),
         );
     } else {
@@ -543,37 +553,5 @@ fn share(part: f64, whole: f64) -> f64 {
         (part / whole * 100.0).min(100.0)
     } else {
         0.0
-    }
-}
-
-/// The file of `--logits`.
-#[derive(Debug)]
-struct LogitsFile {
-    path: PathBuf,
-    file: BufWriter<File>,
-}
-
-impl LogitsFile {
-    fn create(path: &Path) -> Result<Self> {
-        let file = File::create(path)
-            .map_err(|error| Error::from_io(&error, format_args!("create {}", path.display())))?;
-        Ok(Self {
-            path: path.to_owned(),
-            file: BufWriter::new(file),
-        })
-    }
-
-    fn write(&mut self, row: &[f32]) -> Result<()> {
-        self.file
-            .write_all(bytemuck::cast_slice(row))
-            .map_err(|error| self.failed(&error))
-    }
-
-    fn finish(mut self) -> Result<()> {
-        self.file.flush().map_err(|error| self.failed(&error))
-    }
-
-    fn failed(&self, error: &std::io::Error) -> Error {
-        Error::from_io(error, format_args!("write {}", self.path.display()))
     }
 }

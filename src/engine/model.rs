@@ -355,6 +355,9 @@ impl Model {
 
     fn start(&self) -> Result<Running> {
         let (plan, budget) = self.make_plan()?;
+        if self.options.backing == Backing::Shared {
+            plan.require_ring()?;
+        }
         log::info!(
             "plan: resident_bytes={} streamed_bytes_per_pass={} ring_bytes={} page_bytes={} total_bytes={} host_bytes={}",
             plan.resident_bytes,
@@ -405,12 +408,20 @@ impl Model {
                 stream::run(&thread_core, &layout, &files, &reader, &sender);
             })
             .map_err(|error| Error::from_io(&error, "start the stream's thread"))?;
-        let started = receiver.recv().map_err(|_| {
+        let lost = |_| {
             Error::new(
                 ErrorKind::Internal,
                 "the stream's thread ended before it began",
             )
-        })??;
+        };
+        let started = match receiver.recv().map_err(lost).and_then(|started| started) {
+            Ok(started) => started,
+            Err(error) => {
+                // It holds the pool: only when it is gone is the memory free for another attempt.
+                let _ = thread.join();
+                return Err(error);
+            }
+        };
         Ok(Running {
             plan,
             budget,

@@ -277,6 +277,14 @@ impl State {
         if self.fetches[transient as usize].phase != Phase::Absent {
             return false;
         }
+        let holds = |layer: u32| {
+            self.leases
+                .iter()
+                .any(|lease| lease.layer == layer && lease.thread == thread)
+        };
+        if self.kept_slot(layer).is_some() {
+            return holds(layer);
+        }
         let mut mine = false;
         for slot in self.candidate_slots(layer) {
             match self.slots[slot as usize] {
@@ -287,10 +295,7 @@ impl State {
                     if self.layers[holder as usize].leases == 0 {
                         return false;
                     }
-                    mine |= self
-                        .leases
-                        .iter()
-                        .any(|lease| lease.layer == holder && lease.thread == thread);
+                    mine |= holds(holder);
                 }
             }
         }
@@ -396,8 +401,12 @@ impl State {
         state.outstanding = self.layout.fetches[fetch as usize].request_count;
     }
 
-    /// A free slot, else the one whose layer is due last, if that is later than `distance`.
+    /// The slot that a failed attempt left at this layer's place, else one that nobody needs, else the one whose layer is
+    /// due last, if that is later than `distance`.
     fn slot_for(&self, layer: u32, distance: u32) -> Option<u32> {
+        if let Some(kept) = self.kept_slot(layer) {
+            return (self.layers[layer as usize].leases == 0).then_some(kept);
+        }
         let mut best: Option<(u32, u32)> = None;
         for slot in self.candidate_slots(layer) {
             match self.slots[slot as usize] {
@@ -405,18 +414,41 @@ impl State {
                 Slot::Quarantined => {}
                 Slot::Holds(fetch) => {
                     let holder = self.layers_of_fetch[fetch as usize][0];
-                    let state = &self.layers[holder as usize];
-                    let busy = self.fetches[fetch as usize].phase != Phase::Ready
-                        || state.leases > 0
-                        || state.waiters > 0;
+                    let (phase, state) = (
+                        self.fetches[fetch as usize].phase,
+                        &self.layers[holder as usize],
+                    );
                     let due = self.order.distance(holder).saturating_add(1);
-                    if !busy && due > distance && best.is_none_or(|(_, latest)| due > latest) {
+                    if phase == Phase::Loading || state.leases > 0 {
+                        continue;
+                    }
+                    if phase == Phase::Absent {
+                        return Some(slot);
+                    }
+                    if state.waiters == 0
+                        && due > distance
+                        && best.is_none_or(|(_, latest)| due > latest)
+                    {
                         best = Some((slot, due));
                     }
                 }
             }
         }
         best.map(|(slot, _)| slot)
+    }
+
+    /// The slot that still lies at the place of a layer whose last read failed.
+    fn kept_slot(&self, layer: u32) -> Option<u32> {
+        self.fetches[self.transient_fetch(layer)? as usize].slot
+    }
+
+    /// True when no slot is left that could ever serve `layer`: those it may use are quarantined.
+    #[must_use]
+    pub fn unservable(&self, layer: u32) -> bool {
+        self.transient_absent(layer)
+            && self
+                .candidate_slots(layer)
+                .all(|slot| self.slots[slot as usize] == Slot::Quarantined)
     }
 
     fn candidate_slots(&self, layer: u32) -> std::ops::Range<u32> {
@@ -501,14 +533,14 @@ impl State {
     }
 
     fn abandon(&mut self, fetch: u32) {
+        // The slot's pages stay where they are until somebody else gets them: part of the layer may be leased (a range
+        // that had arrived), and another attempt at this layer finds its place taken by its own slot only.
         let state = &mut self.fetches[fetch as usize];
         state.phase = Phase::Absent;
-        if let Some(slot) = state.slot.take() {
-            self.slots[slot as usize] = if state.lost {
-                Slot::Quarantined
-            } else {
-                Slot::Free
-            };
+        if state.lost
+            && let Some(slot) = state.slot.take()
+        {
+            self.slots[slot as usize] = Slot::Quarantined;
         }
         for index in 0..self.layers_of_fetch[fetch as usize].len() {
             let layer = self.layers_of_fetch[fetch as usize][index];

@@ -119,8 +119,14 @@ impl Stream<'_> {
     fn work(&mut self) {
         while !self.core.stop.load(Ordering::Acquire) {
             self.refill();
-            let failed = self.submit();
-            if let Err(error) = failed.and_then(|()| self.reader.wait(None, &mut self.completions))
+            let submitted = self.submit();
+            if self.reader.free() == 0 && self.reader.in_flight() == 0 {
+                let context = "the drive has given back none of its reads within their deadlines; close the model";
+                self.give_up(Error::new(ErrorKind::Io, context));
+                return;
+            }
+            if let Err(error) =
+                submitted.and_then(|()| self.reader.wait(None, &mut self.completions))
             {
                 self.give_up(error);
                 return;

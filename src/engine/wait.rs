@@ -87,6 +87,12 @@ fn sleep<'a>(
         if let Some(error) = state.take_error(layer).or_else(|| state.fatal.clone()) {
             return (state, Err(error));
         }
+        if state.unservable(layer) {
+            let context = format!(
+                "layer {layer}: every slot it may use waits for reads that the drive has not given back; close the model"
+            );
+            return (state, Err(Error::new(ErrorKind::Io, context)));
+        }
         // Another waiter may have taken the error of a failed read: this one asks again.
         state.demand(layer, false);
         if std::mem::take(&mut state.hungry) {

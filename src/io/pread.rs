@@ -312,6 +312,7 @@ impl Table {
             if let Entry::Done(flight, result) = entry {
                 self.busy.leave();
                 if result.is_ok() {
+                    flight.zero_tail();
                     flight.flip(&shared.injector);
                 }
                 out.push(flight.label.completion(result, true));

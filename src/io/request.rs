@@ -230,7 +230,6 @@ impl Flight {
         let resumed = self.resume_bytes();
         self.done_bytes = self.done_bytes.max(resumed + read_bytes);
         if self.done_bytes >= self.label.held_bytes {
-            self.zero_tail();
             return Step::Finished(Ok(()));
         }
         counters.shorts += 1;

@@ -350,6 +350,12 @@ impl UringReader {
         if entry.flight.is_stuck() {
             return Ok(());
         }
+        if entry.reported {
+            // Its memory was given up as lost and may be closed by now: nothing may touch it any more.
+            let late = Err(entry.flight.label.late(&self.files, &self.rules));
+            self.hand_over(index, late, out);
+            return Ok(());
+        }
         let flight = &mut entry.flight;
         let step = flight.answer(result, &self.files, &self.rules, &mut self.tally);
         let expired = entry.cancel_sent.is_some() || entry.reported;
@@ -395,11 +401,14 @@ impl UringReader {
         entry.flight.drop_behind(&self.files);
         if entry.reported {
             self.quarantined -= 1;
+            // There is room again: whoever waits for it has to look.
+            self.woken = true;
             log::warn!("a read came back after its deadline; its memory stays out of use");
             return;
         }
         self.busy.leave();
         if result.is_ok() {
+            entry.flight.zero_tail();
             entry.flight.flip(&self.injector);
         }
         out.push(entry.flight.label.completion(result, true));
