@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::resource::{UsageWho, getrusage};
 
+use super::synth::file::check_space;
 use crate::error::{Error, Result};
 use crate::io::bulk::{Cursor, sweep};
 use crate::io::{AlignedMemory, ReaderKind, ReaderOptions, ShardFile};
@@ -288,6 +289,7 @@ fn cpu_seconds() -> f64 {
 
 /// A file of random bytes without a name: it is gone when its handle is, also after a kill.
 fn write_scratch(directory: &Path, size_bytes: u64) -> Result<File> {
+    check_space(&directory.join("."), size_bytes)?;
     let path = directory.join(format!(".flea-raw-{}", std::process::id()));
     let failed = |error: &std::io::Error, what: &str| {
         Error::from_io(error, format_args!("{what} {}", path.display()))

@@ -6,7 +6,7 @@
 
 mod arch;
 pub mod blocks;
-mod file;
+pub(super) mod file;
 pub mod shape;
 pub mod tensors;
 mod vocab;
