@@ -31,9 +31,13 @@ use_cached_target() {
   cache=$(scripts/cache-dir.sh)
   key=$( (cat Cargo.lock rust-toolchain* .cargo/config.toml 2>/dev/null; rustc -vV; grep -m1 '^flags' /proc/cpuinfo) | sha256sum | cut -c1-12)
   mkdir -p "$cache"
-  # Two runs at once would spoil each other's timings and binaries; the lock falls with this shell.
+  # Two runs at once would overwrite each other's programs. The lock falls with this shell; a run that hangs must not
+  # hang the next one, which then builds everything in its own checkout.
   exec 8>"$cache/ci.lock"
-  flock 8
+  if ! flock -w 60 8; then
+    printf 'target directory: the checkout has its own, another run holds %s\n' "$cache/ci.lock"
+    return 0
+  fi
   find "$cache" -maxdepth 1 -name 'ci-target-*' ! -name "ci-target-$key" -exec rm -rf {} +
   export CARGO_TARGET_DIR=$cache/ci-target-$key
   # CMake's directories belong to the checkout that made them; they take seconds.
