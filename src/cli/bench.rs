@@ -9,13 +9,14 @@ use clap::{Args as ClapArgs, Subcommand};
 
 use super::bench_raw;
 use super::table::Table;
+use super::values;
 use crate::engine::{BudgetSpec, Model, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{ReaderKind, ReaderOptions};
 use crate::mem::Backing;
 use crate::plan::{Plan, SLOTS_DEFAULT};
 use crate::tools::bench_stream::{self, Outcome};
-use crate::units::{HumanBytes, MemorySpec, PAGE_2M, PAGE_4K};
+use crate::units::{HumanBytes, MemorySpec};
 
 /// Measure the drive and the streaming of a model
 #[derive(Debug, ClapArgs)]
@@ -50,7 +51,13 @@ pub struct StreamArgs {
 
     /// Everything the process may hold (4GiB, 512M), or the weights in memory as a share of the model (50%)
     /// [default: what is free]
-    #[arg(long, value_name = "SIZE", env = "FLEA_MEMORY", hide_env_values = true)]
+    #[arg(
+        long,
+        value_name = "SIZE",
+        env = "FLEA_MEMORY",
+        hide_env_values = true,
+        allow_hyphen_values = true
+    )]
     pub memory: Option<MemorySpec>,
 
     /// Walks over all layers
@@ -66,19 +73,19 @@ pub struct StreamArgs {
     pub backing: Backing,
 
     /// Length of one read [default: by page size]
-    #[arg(long, value_name = "SIZE", value_parser = super::small_size)]
+    #[arg(long, value_name = "SIZE", value_parser = values::request_bytes)]
     pub request_bytes: Option<u32>,
 
-    /// Reads in flight [default: 8]
-    #[arg(long, value_name = "N", value_parser = super::count)]
+    /// Reads in flight, 1 to 256 [default: 32 MiB worth, 4 to 16]
+    #[arg(long, value_name = "N", value_parser = values::depth)]
     pub depth: Option<u32>,
 
     /// Page size, 4KiB or 2MiB [default: by the size of the layers]
-    #[arg(long, value_name = "SIZE", value_parser = page_size)]
+    #[arg(long, value_name = "SIZE", value_parser = values::page_bytes)]
     pub page_bytes: Option<u64>,
 
     /// Slots of the ring
-    #[arg(long, value_name = "N", default_value_t = SLOTS_DEFAULT, value_parser = super::count)]
+    #[arg(long, value_name = "N", default_value_t = SLOTS_DEFAULT, value_parser = values::slots)]
     pub slots: u32,
 
     /// Walk once more, unmeasured, and hold every byte against a plain read of the file
@@ -109,15 +116,6 @@ const fn backing_name(backing: Backing) -> &'static str {
     match backing {
         Backing::Private => "private",
         Backing::Shared => "shared",
-    }
-}
-
-fn page_size(text: &str) -> std::result::Result<u64, String> {
-    match super::size(text)? {
-        bytes @ (PAGE_4K | PAGE_2M) => Ok(bytes),
-        _ => Err(format!(
-            "'{text}' is not a page size; pages are 4KiB or 2MiB"
-        )),
     }
 }
 

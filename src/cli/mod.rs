@@ -12,6 +12,7 @@ pub mod plan;
 pub mod run;
 pub mod synth;
 pub mod table;
+pub mod values;
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
@@ -19,6 +20,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use clap::error::{ContextKind, ContextValue};
 use serde::Serialize;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
@@ -36,6 +38,10 @@ pub const ENVIRONMENT: [&str; 7] = [
     "FLEA_LOG",
     "FLEA_FAULT",
 ];
+
+/// Options that an environment variable stands in for.
+const OPTION_VARIABLES: [(&str, &str); 2] =
+    [("--memory", "FLEA_MEMORY"), ("--reader", "FLEA_READER")];
 
 /// Shown below `flea --help`.
 pub const EXAMPLES: &str = "\
@@ -69,11 +75,38 @@ pub fn usage(error: &clap::Error, json: bool) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let _ = error.print();
+    let source = from_environment(error, std::env::args_os().skip(1));
+    if let Some(variable) = source {
+        let _ = writeln!(
+            std::io::stderr(),
+            "The value is that of the environment variable {variable}; unset it, or give the option."
+        );
+    }
     if json {
-        let message = first_paragraph(&error.render().to_string());
+        let mut message = first_paragraph(&error.render().to_string());
+        if let Some(variable) = source {
+            message += &format!(" (from the environment variable {variable})");
+        }
         print_failure(&Error::new(ErrorKind::Invalid, message));
     }
     ExitCode::from(ErrorKind::Invalid.exit_code())
+}
+
+/// The environment variable that a refused value came from, where it was not an option: clap names only the option.
+fn from_environment(
+    error: &clap::Error,
+    mut arguments: impl Iterator<Item = OsString>,
+) -> Option<&'static str> {
+    let Some(ContextValue::String(argument)) = error.get(ContextKind::InvalidArg) else {
+        return None;
+    };
+    let option = argument.split(' ').next().unwrap_or_default();
+    let (_, variable) = OPTION_VARIABLES.iter().find(|(name, _)| *name == option)?;
+    let given = arguments.any(|argument| {
+        let text = argument.to_string_lossy();
+        text == option || text.starts_with(&format!("{option}="))
+    });
+    (!given).then_some(*variable)
 }
 
 /// What clap says before it explains the usage, on one line.

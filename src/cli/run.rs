@@ -14,6 +14,7 @@ use signal_hook::flag;
 use crate::cli;
 use crate::cli::run::logits::LogitsFile;
 use crate::cli::run::progress::{Loading, Reading};
+use crate::cli::values;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ffi::types;
 use crate::host::session::prompt_tokens;
@@ -70,7 +71,7 @@ pub struct Args {
     tokens: Option<usize>,
 
     /// Memory for the whole process: 4GiB, 4GB, 512M, or a share of the weights, 50%
-    #[arg(long, value_name = "SIZE", env = "FLEA_MEMORY", value_parser = memory)]
+    #[arg(long, value_name = "SIZE", env = "FLEA_MEMORY", value_parser = memory, allow_hyphen_values = true)]
     memory: Option<String>,
 
     /// Tokens the context holds [default: the model's own, at most 4096]
@@ -78,7 +79,7 @@ pub struct Args {
     ctx: Option<u32>,
 
     /// Temperature; 0 always takes the likeliest token
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = values::temperature)]
     temp: f32,
 
     /// Choose among the K likeliest tokens only; 0 = all
@@ -86,7 +87,7 @@ pub struct Args {
     top_k: i32,
 
     /// Choose among the likeliest tokens that make up this share
-    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    #[arg(long, value_name = "P", default_value_t = 0.95, value_parser = values::probability)]
     top_p: f32,
 
     /// Seed of the dice
@@ -142,19 +143,19 @@ struct StreamingArgs {
     backing: u32,
 
     /// Slots of the ring, 2 to 64 [default: 3]
-    #[arg(long, value_name = "N", value_parser = cli::count)]
+    #[arg(long, value_name = "N", value_parser = values::slots)]
     slots: Option<u32>,
 
     /// Page size: 4KiB, 2MiB [default: by the size of a layer]
-    #[arg(long, value_name = "SIZE", value_parser = cli::small_size)]
-    page_bytes: Option<u32>,
+    #[arg(long, value_name = "SIZE", value_parser = values::page_bytes)]
+    page_bytes: Option<u64>,
 
     /// Bytes of one read [default: by the page size]
-    #[arg(long, value_name = "SIZE", value_parser = cli::small_size)]
+    #[arg(long, value_name = "SIZE", value_parser = values::request_bytes)]
     request_bytes: Option<u32>,
 
-    /// Reads in flight [default: 8]
-    #[arg(long, value_name = "N", value_parser = cli::count)]
+    /// Reads in flight, 1 to 256 [default: 32 MiB worth, 4 to 16]
+    #[arg(long, value_name = "N", value_parser = values::depth)]
     depth: Option<u32>,
 }
 
@@ -340,7 +341,7 @@ fn session_options(args: &Args) -> SessionOptions {
             backing: streaming.backing,
             reader: streaming.reader,
             slots_count: streaming.slots.unwrap_or(0),
-            page_bytes: streaming.page_bytes.unwrap_or(0),
+            page_bytes: streaming.page_bytes.unwrap_or(0) as u32, // 4 KiB or 2 MiB
             request_bytes: streaming.request_bytes.unwrap_or(0),
             depth: streaming.depth.unwrap_or(0),
         }),
@@ -524,7 +525,11 @@ fn gigabytes_per_second(figures: &Figures) -> f64 {
 /// The last line on stderr.
 fn say_summary(generation: &Generation, figures: &Figures) {
     let tokens = per_second(decode_passes(generation), generation.decode_seconds);
-    let mut line = format!("{} tokens, {tokens:.2} tokens/s", generation.tokens.len());
+    let mut line = match generation.tokens.len() {
+        // The only token came out of the prompt's pass: there is no rate to tell.
+        1 => "1 token".to_owned(),
+        count => format!("{count} tokens, {tokens:.2} tokens/s"),
+    };
     if let Some(resident_bytes) = figures.resident_bytes {
         // Of the weights that are planned: what the host keeps itself (token embeddings) is not flea's to stream.
         let planned_bytes = resident_bytes + figures.streamed_bytes_per_pass.unwrap_or(0);
