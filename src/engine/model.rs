@@ -371,6 +371,7 @@ impl Model {
         let pool_options = PoolOptions {
             binding: binding.clone(),
             cancel: None,
+            fill_behind: true,
         };
         let pool = Pool::new(
             Arc::clone(&self.windows),

@@ -161,7 +161,10 @@ impl Stream<'_> {
             let mut pool = self.core.pool();
             match job.slot {
                 Some(slot) => pool.aim(slot, &fetch.run)?,
-                None => pool.resident_target(&fetch.run),
+                None => {
+                    pool.check_filled()?;
+                    pool.resident_target(&fetch.run)
+                }
             }
         };
         if target.is_null() {

@@ -10,6 +10,7 @@ pub mod pool;
 pub mod topology;
 pub mod window;
 
+mod behind;
 mod fill;
 mod host;
 mod private;

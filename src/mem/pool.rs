@@ -34,6 +34,9 @@ pub struct PoolOptions {
     pub binding: Option<Binding>,
     /// Set by another thread to give up while the memory is being allocated.
     pub cancel: Option<Arc<AtomicBool>>,
+    /// Private backing: give resident pages their memory while they are read, instead of all of it first. What runs out
+    /// then is told by [`Pool::check_filled`].
+    pub fill_behind: bool,
 }
 
 /// All memory for weights of one model.
@@ -169,6 +172,17 @@ impl Pool {
         match &mut self.store {
             Store::Private(store) => store.publish(slot),
             Store::Shared(store) => store.publish(slot),
+        }
+    }
+
+    /// To be asked before a read into resident pages of a pool that is filled behind.
+    ///
+    /// # Errors
+    /// `NoMemory` when there was none left for them.
+    pub fn check_filled(&self) -> Result<()> {
+        match &self.store {
+            Store::Private(store) => store.check_filled(),
+            Store::Shared(_) => Ok(()),
         }
     }
 
