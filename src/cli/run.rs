@@ -157,6 +157,10 @@ struct StreamingArgs {
     /// Reads in flight, 1 to 256 [default: 32 MiB worth, 4 to 16]
     #[arg(long, value_name = "N", value_parser = values::depth)]
     depth: Option<u32>,
+
+    /// Compute with a layer only when all of it is there, not as its parts arrive: to compare
+    #[arg(long)]
+    whole_layers: bool,
 }
 
 /// Checks a memory size early; the engine takes the text.
@@ -209,6 +213,7 @@ struct Answer<'a> {
     stall_seconds: f64,
     acquires: u64,
     loads: u64,
+    early_pieces: u64,
     reader: &'static str,
     direct_io: bool,
     page_bytes: u64,
@@ -344,6 +349,7 @@ fn session_options(args: &Args) -> SessionOptions {
             page_bytes: streaming.page_bytes.unwrap_or(0) as u32, // 4 KiB or 2 MiB
             request_bytes: streaming.request_bytes.unwrap_or(0),
             depth: streaming.depth.unwrap_or(0),
+            whole_layers: streaming.whole_layers,
         }),
         context_tokens: args.ctx,
         ubatch_tokens: args.ubatch,
@@ -506,6 +512,7 @@ fn print_answer(session: &Session, generation: &Generation, figures: &Figures) -
         stall_seconds: figures.stall_seconds,
         acquires: figures.acquires,
         loads: figures.loads,
+        early_pieces: figures.early_pieces,
         reader: figures.reader,
         direct_io: figures.direct_io,
         page_bytes: figures.page_bytes,

@@ -107,9 +107,9 @@ pub struct State {
     pub waiters: u32,
     /// Set when the stream can serve nobody any more.
     pub fatal: Option<Error>,
-    /// Successful acquires.
+    /// Leases given. A thread that acquires more of a layer that it holds extends its lease; that is not counted again.
     pub acquires: u64,
-    /// Releases.
+    /// Leases that came back whole.
     pub releases: u64,
     /// Transient runs read to the end.
     pub loads: u64,
@@ -212,16 +212,16 @@ impl State {
         u32::try_from(first).unwrap_or(u32::MAX)..u32::try_from(last).unwrap_or(u32::MAX)
     }
 
-    /// Gives `thread` a lease of a layer that is ready.
+    /// Gives `thread` a lease of a layer that is ready, or extends the one it has.
     ///
     /// # Errors
     /// `Busy` when the host has [`LEASES_MAX`] leases out.
     pub fn lease(&mut self, layer: u32, thread: u64) -> Result<()> {
-        match self
+        let held = self
             .leases
             .iter()
-            .position(|lease| lease.thread == thread && lease.layer == layer)
-        {
+            .position(|lease| lease.thread == thread && lease.layer == layer);
+        match held {
             Some(index) => self.leases[index].count += 1,
             None if self.leases.len() >= LEASES_MAX => {
                 return Err(Error::new(
@@ -236,8 +236,10 @@ impl State {
             }),
         }
         self.layers[layer as usize].leases += 1;
-        self.acquires += 1;
-        self.order.note(layer);
+        if held.is_none() {
+            self.acquires += 1;
+            self.order.note(layer);
+        }
         Ok(())
     }
 
@@ -261,9 +263,9 @@ impl State {
         self.leases[index].count -= 1;
         if self.leases[index].count == 0 {
             self.leases.swap_remove(index);
+            self.releases += 1;
         }
         self.layers[layer as usize].leases -= 1;
-        self.releases += 1;
         Ok(())
     }
 

@@ -127,6 +127,8 @@ pub struct Figures {
     pub acquires: u64,
     /// Transient runs read.
     pub loads: u64,
+    /// Pieces of graphs computed before their layer was whole.
+    pub early_pieces: u64,
     /// `io_uring`, `pread`, or `none` in a plain run.
     pub reader: &'static str,
     /// O_DIRECT on every shard.

@@ -207,7 +207,7 @@ impl Pool {
     }
 
     /// Gives a slot up for ever, because the kernel may still write into it: never aimed, reused or freed, not even when the pool is
-    /// dropped. In the private backing its place can no longer be read.
+    /// dropped. Its place stays readable, for a host that holds a lease on the part that had arrived.
     pub fn quarantine(&mut self, slot: u32) {
         match &mut self.store {
             Store::Private(store) => store.quarantine(slot),

@@ -320,9 +320,11 @@ impl Private {
         }
         if let Some(aim) = slot.aimed {
             self.windows.keep(aim.shard_index);
+            // Read-only and not out of reach: a host may hold a lease on the part that had arrived, and the drive's
+            // trouble must not become its crash. Nobody gets a new lease: the layer's fetch has failed.
             // SAFETY: the slot's own place. The kernel's hold on the pages is not touched by their protection.
-            if let Err(error) = unsafe { host::protect(aim.address, aim.len, Protection::None) } {
-                log::error!("a quarantined slot stays readable: {error}");
+            if let Err(error) = unsafe { host::protect(aim.address, aim.len, Protection::Read) } {
+                log::error!("a quarantined slot stays writable: {error}");
             }
         }
     }
