@@ -214,6 +214,7 @@ fn json(
         "page_bytes": stats.page_bytes,
         "huge_page_share": stats.huge_page_share,
         "fallbacks": fallbacks,
+        "profile": model.profile().to_string(),
         "verified_bytes": verified_bytes,
     })
 }
@@ -260,6 +261,7 @@ fn table(model: &Model, plan: &Plan, outcome: &Outcome, verified_bytes: Option<u
             100.0 * stats.huge_page_share
         ),
     );
+    table.field("profile", model.profile());
     for (index, pass) in outcome.passes.iter().enumerate() {
         let rate = pass.bytes_read as f64 / 1e9 / pass.seconds.max(1e-9);
         table.field(

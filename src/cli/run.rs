@@ -213,6 +213,7 @@ struct Answer<'a> {
     page_bytes: u64,
     huge_page_share: f64,
     peak_memory_bytes: u64,
+    profile: String,
 }
 
 /// Runs the command.
@@ -510,6 +511,7 @@ fn print_answer(session: &Session, generation: &Generation, figures: &Figures) -
         page_bytes: figures.page_bytes,
         huge_page_share: figures.huge_page_share,
         peak_memory_bytes: figures.peak_memory_bytes,
+        profile: figures.profile.clone(),
     })
 }
 

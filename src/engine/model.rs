@@ -12,6 +12,7 @@ use super::stats::{BudgetReport, Fallback, FallbackKind, Stats};
 use super::stream::{self, Core, Started};
 use super::wait::{Asked, wait};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::profile::{self, Device, Found};
 use crate::io::{Counters, ReaderOptions, ShardFile, default_request_bytes};
 use crate::mem::{Backing, Pool, PoolOptions, Windows, limits};
 use crate::model::Catalog;
@@ -171,6 +172,12 @@ impl Model {
     #[must_use]
     pub fn backing(&self) -> Backing {
         self.options.backing
+    }
+
+    /// What is known about the drive of the first shard: request length and depth come from it where none are given.
+    #[must_use]
+    pub fn profile(&self) -> Found {
+        profile::find(&Device::of_shard(&self.files[0]))
     }
 
     /// The constant address of byte `offset_bytes` of a shard. Readable only under a lease of its layer.
@@ -436,6 +443,15 @@ impl Model {
     fn reader_options(&self, plan: &Plan) -> ReaderOptions {
         let mut reader = self.options.reader.clone();
         reader.page_bytes = plan.page_bytes;
+        if reader.request_bytes == 0 && reader.depth == 0 {
+            let found = self.profile();
+            if let Found::Damaged(reason) = &found {
+                log::warn!("the drive's profile is not used: {reason}");
+            }
+            if let Some(rate) = found.profile().and_then(|p| p.sequential(plan.page_bytes)) {
+                (reader.request_bytes, reader.depth) = (rate.request_bytes, rate.depth);
+            }
+        }
         if reader.request_bytes == 0 {
             reader.request_bytes = default_request_bytes(plan.page_bytes);
         }

@@ -17,6 +17,7 @@ use crate::host::sample::{LogitsHash, Sampler};
 use crate::host::text::TextAssembler;
 use crate::host::{KvType, Token, log, process};
 use crate::io::ShardFile;
+use crate::io::profile::{self, Device, Found};
 use crate::mem::limits;
 use crate::model::{Format, gguf};
 
@@ -54,6 +55,7 @@ pub struct Session {
     used_tokens: usize,
     model_bytes: u64,
     loader_bytes: u64,
+    profile: String,
     hash: LogitsHash,
 }
 
@@ -137,6 +139,8 @@ pub struct Figures {
     pub huge_page_share: f64,
     /// Highest anonymous, shared and huge-page memory of this process.
     pub peak_memory_bytes: u64,
+    /// What is known about the drive the model lies on.
+    pub profile: String,
 }
 
 /// Watches the first reads from another thread.
@@ -171,6 +175,8 @@ impl Session {
         }
         let model_bytes = catalog.model_bytes;
         drop(catalog);
+        let drive = files.first().map(Device::of_shard);
+        let profile = drive.map_or(Found::Nothing, |drive| profile::find(&drive));
         log::install();
         crate::host::context::start_backend();
         let streamed = options
@@ -213,6 +219,7 @@ impl Session {
             used_tokens: 0,
             model_bytes,
             loader_bytes,
+            profile: profile.to_string(),
             hash: LogitsHash::default(),
         })
     }
@@ -393,6 +400,7 @@ impl Session {
             loader_bytes: self.loader_bytes,
             reader: "none",
             peak_memory_bytes: limits::peak_memory_bytes()?,
+            profile: self.profile.clone(),
             ..Figures::default()
         };
         if let Some(streamed) = &self.streamed {

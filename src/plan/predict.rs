@@ -7,8 +7,10 @@
 
 use std::collections::VecDeque;
 
+use super::budget::HOST_RESERVE_BYTES;
 use super::{LayerPlan, Plan};
 use crate::error::{Error, ErrorKind, Result};
+use crate::model::{Catalog, DType};
 
 /// Passes played before the measured ones, so that the empty ring of the start is forgotten.
 const PASSES_BEFORE_COUNT: u32 = 4;
@@ -70,6 +72,36 @@ pub fn predict(
             0.0
         },
     })
+}
+
+/// Seconds that one token's multiplications take with all weights in memory: every tensor of the layers at the rate of its
+/// type (bytes of weights per second), of routed experts only as many as a token uses. `None` where a type has no rate.
+#[must_use]
+pub fn compute_seconds(
+    catalog: &Catalog,
+    bytes_per_second: &dyn Fn(DType) -> Option<f64>,
+) -> Option<f64> {
+    let used = catalog.layers.iter().flat_map(|layer| &layer.uses);
+    let seconds = used.map(|used| {
+        let tensor = catalog.tensors.get(used.tensor_index as usize)?;
+        let share = match (tensor.experts, catalog.expert_count) {
+            (Some(_), Some(count)) => {
+                catalog.experts_used_count.unwrap_or(count).min(count) as f64 / count as f64
+            }
+            _ => 1.0,
+        };
+        let rate = bytes_per_second(tensor.dtype).filter(|rate| *rate > 0.0)?;
+        Some(used.extent.len_bytes as f64 * share / rate)
+    });
+    seconds.sum()
+}
+
+/// The most memory a host will hold while it runs `plan`: the pool, and what it reserves itself, without the reserve that
+/// nobody uses. Reached once the context is full and a prompt has filled a ubatch.
+#[must_use]
+pub const fn peak_bytes(plan: &Plan, host_bytes: u64) -> u64 {
+    let pool_bytes = plan.resident_bytes.saturating_add(plan.ring_bytes);
+    pool_bytes.saturating_add(host_bytes.saturating_sub(HOST_RESERVE_BYTES))
 }
 
 fn invalid(what: &str, value: f64) -> Error {
