@@ -30,6 +30,9 @@ enum What {
     Stream(StreamArgs),
     /// Find the drive's ceiling: the best sequential O_DIRECT read
     Raw(bench_raw::RawArgs),
+    /// Hold what `flea plan` predicts against what `flea run` then does
+    #[cfg(feature = "run")]
+    Predict(super::bench_predict::PredictArgs),
 }
 
 const EXAMPLES: &str = "\
@@ -147,6 +150,8 @@ pub fn command(args: &Args) -> Result<()> {
     match &args.what {
         What::Stream(args) => stream(args),
         What::Raw(args) => bench_raw::command(args),
+        #[cfg(feature = "run")]
+        What::Predict(args) => super::bench_predict::command(args),
     }
 }
 
@@ -309,7 +314,7 @@ mod tests {
         let words = std::iter::once("bench").chain(line.split(' '));
         match Program::try_parse_from(words)?.args.what {
             What::Stream(args) => Ok(args),
-            What::Raw(_) => panic!("{line} is not raw"),
+            _ => panic!("{line} is not stream"),
         }
     }
 

@@ -5,6 +5,8 @@
 //! away (`flea inspect m.gguf | head`) is no failure. The last room before the programs: nothing depends on it.
 
 pub mod bench;
+#[cfg(feature = "run")]
+pub mod bench_predict;
 pub mod bench_raw;
 pub mod inspect;
 pub mod plan;

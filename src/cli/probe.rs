@@ -203,6 +203,7 @@ fn profile(
         }
     };
     telling.tell("compute");
+    let (compute, node_seconds) = compute(span, stop)?;
     Ok(Profile {
         version: VERSION,
         measured: now(),
@@ -213,25 +214,27 @@ fn profile(
         random: probed.random.clone(),
         sustained: Some(probed.sustained),
         memory,
-        compute: compute(span, stop)?,
+        compute,
+        node_seconds,
     })
 }
 
 #[cfg(feature = "run")]
-fn compute(span: Duration, stop: &AtomicBool) -> Result<Vec<Compute>> {
+fn compute(span: Duration, stop: &AtomicBool) -> Result<(Vec<Compute>, f64)> {
     match crate::host::compute::measure(span, stop) {
-        Err(error) if error.kind() != ErrorKind::Canceled => {
+        Ok(measured) => Ok((measured.rates, measured.node_seconds)),
+        Err(error) if error.kind() == ErrorKind::Canceled => Err(error),
+        Err(error) => {
             log::warn!("compute is not measured: {error}");
-            Ok(Vec::new())
+            Ok((Vec::new(), 0.0))
         }
-        measured => measured,
     }
 }
 
 #[cfg(not(feature = "run"))]
 #[allow(clippy::unnecessary_wraps)] // The build with llama.cpp can fail.
-fn compute(_span: Duration, _stop: &AtomicBool) -> Result<Vec<Compute>> {
-    Ok(Vec::new())
+fn compute(_span: Duration, _stop: &AtomicBool) -> Result<(Vec<Compute>, f64)> {
+    Ok((Vec::new(), 0.0))
 }
 
 /// To the second, UTC.
@@ -405,9 +408,10 @@ fn machine_fields(table: &mut Table, profile: &Profile) {
         table.field(
             "compute",
             format!(
-                "GB/s of weights with {} threads: {}",
+                "GB/s of weights with {} threads: {}; {:.1} us for each operation",
                 first.threads,
-                rates.join(", ")
+                rates.join(", "),
+                profile.node_seconds * 1e6
             ),
         );
     }

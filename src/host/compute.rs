@@ -40,46 +40,56 @@ const SIDE_COUNT: u64 = 4096;
 const WEIGHTS_BYTES: u64 = 384 * MIB;
 /// Every byte of the weights: as f16 it is a small, normal number, so that no scale is infinite or denormal.
 const WEIGHT_BYTE: u8 = 0x2A;
-/// Rounds; the median counts.
-const ROUNDS: usize = 5;
+/// Rounds over all types; the best of a type counts, for whatever else runs can only slow it down.
+const ROUNDS: usize = 3;
+/// The small graph that shows what an operation costs beside its bytes.
+const SMALL_SIDE_COUNT: u64 = 256;
+const SMALL_NODES_COUNT: usize = 500;
 
-/// Measures every type for about `span` with as many threads as `flea run` takes.
+/// What was measured.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Measured {
+    /// By type.
+    pub rates: Vec<Compute>,
+    /// What one operation of a graph costs beside its bytes: threads that meet at its end.
+    pub node_seconds: f64,
+}
+
+/// Measures every type for about `span`, with as many threads as `flea run` takes.
 ///
 /// # Errors
 /// `Refused` or `NoMemory` where the memory cannot be had; `Canceled` when `stop` is raised.
-pub fn measure(span: Duration, stop: &AtomicBool) -> Result<Vec<Compute>> {
+pub fn measure(span: Duration, stop: &AtomicBool) -> Result<Measured> {
     limits::check_free(WEIGHTS_BYTES + 64 * MIB, "measuring compute")?;
     let threads = u32::try_from(process::core_count()).unwrap_or(1);
-    let mut rates = Vec::new();
-    for dtype in DTYPES {
-        if stop.load(Ordering::Relaxed) {
-            return Err(Error::new(ErrorKind::Canceled, "interrupted"));
-        }
-        rates.push(Compute {
-            dtype: dtype.name().to_owned(),
-            threads,
-            gb_per_second: measure_one(dtype, threads, span)?,
-        });
-    }
-    Ok(rates)
-}
-
-fn measure_one(dtype: DType, threads: u32, span: Duration) -> Result<f64> {
-    let bench = Bench::new(dtype, threads)?;
-    // Touches everything once.
-    bench.pass()?;
-    let mut rates = Vec::new();
+    let mut best = [0.0f64; DTYPES.len()];
+    let mut node_seconds = f64::INFINITY;
     for _ in 0..ROUNDS {
-        let began = Instant::now();
-        let mut bytes = 0;
-        while bytes == 0 || began.elapsed() < span / ROUNDS as u32 {
-            bench.pass()?;
-            bytes += bench.weights_bytes;
+        for (dtype, best) in DTYPES.into_iter().zip(&mut best) {
+            if stop.load(Ordering::Relaxed) {
+                return Err(Error::new(ErrorKind::Canceled, "interrupted"));
+            }
+            let matrix_bytes = dtype.row_bytes(SIDE_COUNT).unwrap_or(0) * SIDE_COUNT;
+            let count = (WEIGHTS_BYTES / matrix_bytes.max(1)).max(1) as usize;
+            let bench = Bench::new(dtype, SIDE_COUNT, count, threads)?;
+            let seconds = bench.seconds_per_pass(span / ROUNDS as u32)?;
+            *best = best.max(bench.weights_bytes as f64 / 1e9 / seconds);
         }
-        rates.push(bytes as f64 / 1e9 / began.elapsed().as_secs_f64().max(1e-9));
+        let small = Bench::new(DType::F32, SMALL_SIDE_COUNT, SMALL_NODES_COUNT, threads)?;
+        let seconds = small.seconds_per_pass(span / ROUNDS as u32)?;
+        node_seconds = node_seconds.min(seconds / SMALL_NODES_COUNT as f64);
     }
-    rates.sort_by(f64::total_cmp);
-    Ok(rates[ROUNDS / 2])
+    let rates = DTYPES.into_iter().zip(best);
+    Ok(Measured {
+        rates: rates
+            .map(|(dtype, gb_per_second)| Compute {
+                dtype: dtype.name().to_owned(),
+                threads,
+                gb_per_second,
+            })
+            .collect(),
+        node_seconds,
+    })
 }
 
 /// Matrices of one type, each multiplied with one vector.
@@ -93,10 +103,10 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(dtype: DType, threads: u32) -> Result<Self> {
+    /// `matrices_count` matrices of `side_count` squared elements.
+    fn new(dtype: DType, side_count: u64, matrices_count: usize, threads: u32) -> Result<Self> {
         let no_memory = |what: &str| Error::new(ErrorKind::NoMemory, format!("ggml: no {what}"));
-        let matrix_bytes = dtype.row_bytes(SIDE_COUNT).unwrap_or(0) * SIDE_COUNT;
-        let matrices_count = (WEIGHTS_BYTES / matrix_bytes.max(1)).max(1) as usize;
+        let matrix_bytes = dtype.row_bytes(side_count).unwrap_or(0) * side_count;
         // SAFETY: no preconditions; NULL is checked.
         let backend = NonNull::new(unsafe { llama::ggml_backend_cpu_init() })
             .ok_or_else(|| no_memory("CPU backend"))?;
@@ -125,7 +135,7 @@ impl Bench {
             graph: std::ptr::null_mut(),
             weights_bytes: matrix_bytes * matrices_count as u64,
         };
-        bench.build(dtype, matrices_count);
+        bench.build(dtype, side_count, matrices_count);
         // SAFETY: context and backend are live; all its tensors are without memory.
         bench.memory =
             unsafe { llama::ggml_backend_alloc_ctx_tensors(context.as_ptr(), backend.as_ptr()) };
@@ -136,9 +146,9 @@ impl Bench {
         Ok(bench)
     }
 
-    fn build(&mut self, dtype: DType, matrices_count: usize) {
+    fn build(&mut self, dtype: DType, side_count: u64, matrices_count: usize) {
         let number = dtype.ggml_number().unwrap_or(0);
-        let (context, side) = (self.context.as_ptr(), SIDE_COUNT as i64);
+        let (context, side) = (self.context.as_ptr(), side_count as i64);
         // SAFETY: the context has room for one vector, these matrices, their products and the graph (see `new`).
         unsafe {
             self.graph = llama::ggml_new_graph_custom(context, 2 * matrices_count, false);
@@ -165,6 +175,18 @@ impl Bench {
             }
             llama::ggml_backend_buffer_clear(self.memory, WEIGHT_BYTE);
         }
+    }
+
+    fn seconds_per_pass(&self, span: Duration) -> Result<f64> {
+        // Touches everything once.
+        self.pass()?;
+        let began = Instant::now();
+        let mut passes_count = 0u32;
+        while passes_count == 0 || began.elapsed() < span {
+            self.pass()?;
+            passes_count += 1;
+        }
+        Ok((began.elapsed().as_secs_f64() / f64::from(passes_count)).max(1e-9))
     }
 
     fn pass(&self) -> Result<()> {
@@ -199,14 +221,16 @@ mod tests {
 
     #[test]
     fn every_type_has_a_rate() {
-        let rates = measure(Duration::from_millis(1), &AtomicBool::new(false)).unwrap();
-        assert_eq!(rates.len(), DTYPES.len());
-        for rate in &rates {
+        let measured = measure(Duration::from_millis(1), &AtomicBool::new(false)).unwrap();
+        assert_eq!(measured.rates.len(), DTYPES.len());
+        for rate in &measured.rates {
             assert!(DType::from_name(&rate.dtype).is_some(), "{rate:?}");
             assert!(
                 rate.gb_per_second > 0.01 && rate.gb_per_second < 10_000.0,
                 "{rate:?}"
             );
         }
+        let node_seconds = measured.node_seconds;
+        assert!(node_seconds > 1e-8 && node_seconds < 1.0, "{node_seconds}");
     }
 }

@@ -55,6 +55,9 @@ pub struct Profile {
     /// How fast weights of a type are computed with, from memory, by all cores; empty in a build without llama.cpp.
     #[serde(default)]
     pub compute: Vec<Compute>,
+    /// What one operation costs beside its bytes, seconds; 0 where it was not measured.
+    #[serde(default)]
+    pub node_seconds: f64,
 }
 
 /// Which drive: all of it must agree for a profile to count.

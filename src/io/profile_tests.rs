@@ -37,6 +37,7 @@ fn profile() -> Profile {
         }),
         memory: None,
         compute: Vec::new(),
+        node_seconds: 0.0,
     }
 }
 
@@ -88,6 +89,7 @@ fn nothing_impossible_is_believed() {
         |p| p.sequential[0].depth = 100_000,
         |p| p.sequential[0].gb_per_second = -1.0,
         |p| p.sequential[0].gb_per_second = 1e9,
+        |p| p.node_seconds = -1.0,
     ] {
         assert!(damage(change).contains("impossible"));
     }

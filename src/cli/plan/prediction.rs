@@ -43,7 +43,7 @@ impl Basis {
 #[must_use]
 pub fn profiled_compute(profile: &Profile, catalog: &Catalog) -> Option<f64> {
     let memory = profile.memory.map(|memory| memory.read_all_gb_per_second);
-    compute_seconds(catalog, &|dtype: DType| {
+    compute_seconds(catalog, profile.node_seconds, &|dtype: DType| {
         let measured = profile.compute.iter().find(|c| c.dtype == dtype.name());
         Some(measured.map(|c| c.gb_per_second).or(memory)? * 1e9)
     })

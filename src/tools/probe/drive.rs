@@ -5,7 +5,7 @@
 //! Place: part of the tool `probe`; it uses `file` and `reader`.
 
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -140,6 +140,28 @@ pub fn measure(
         }
     }
     Ok(probed)
+}
+
+/// The drive's rate at this moment, read the way that `way` says: GB/s, the median of three spans. For a drive that drifts.
+///
+/// # Errors
+/// What opening and reading the file gives.
+pub fn rate_now(path: &Path, way: (u64, u32, u64), span: Duration) -> Result<f64> {
+    let (request_bytes, depth, page_bytes) = way;
+    let raw = RawOptions {
+        path: path.to_path_buf(),
+        size_bytes: 0,
+        span,
+        reader: ReaderKind::Auto,
+        page_bytes,
+    };
+    let (file, _scratch) = open_target(path, FILE_BYTES_MIN)?;
+    let mut stand = Stand::over(Arc::new([file]), &raw)?;
+    let points = (0..3)
+        .map(|_| stand.point(request_bytes, depth))
+        .collect::<Result<Vec<_>>>()?;
+    let rates: Vec<f64> = points.iter().map(|point| point.gb_per_second).collect();
+    Ok(median(&rates))
 }
 
 fn check_filesystem(options: &ProbeOptions, device: &Device) -> Result<()> {

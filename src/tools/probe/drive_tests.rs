@@ -1,7 +1,6 @@
 //! Tests of the drive's measurement: what is chosen, what is refused, and that nothing is left behind.
 
 use super::*;
-use std::path::Path;
 
 fn options(path: &Path) -> ProbeOptions {
     ProbeOptions {

@@ -10,7 +10,7 @@ mod memory;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-pub use drive::{FILE_BYTES_MIN, ProbeOptions, Probed, measure};
+pub use drive::{FILE_BYTES_MIN, ProbeOptions, Probed, measure, rate_now};
 pub use memory::measure as measure_memory;
 
 use crate::error::{Error, ErrorKind, Result};
