@@ -9,6 +9,7 @@ use clap::{Args as ClapArgs, Subcommand};
 
 use super::bench_raw;
 use super::table::Table;
+use super::trace::{self, TraceFile};
 use crate::engine::{BudgetSpec, Model, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{ReaderKind, ReaderOptions};
@@ -88,6 +89,10 @@ pub struct StreamArgs {
     #[arg(long)]
     pub verify: bool,
 
+    /// Write what the drive and the walk did when, in Chrome's trace format (ui.perfetto.dev)
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
+
     /// Report as one JSON object
     #[arg(long)]
     pub json: bool,
@@ -157,8 +162,16 @@ pub fn command(args: &Args) -> Result<()> {
 
 fn stream(args: &StreamArgs) -> Result<()> {
     let stop = super::stop_on_signal()?;
-    let model = Model::open(&args.model, args.options())?;
-    let outcome = bench_stream::measure(&model, args.passes, &stop)?;
+    let trace = TraceFile::create(args.trace.as_deref())?;
+    let options = OpenOptions {
+        trace: trace.as_ref().map(TraceFile::trace),
+        ..args.options()
+    };
+    let model = Model::open(&args.model, options)?;
+    let outcome = bench_stream::measure(&model, args.passes, &stop);
+    let label = |layer: u32| model.catalog().layers[layer as usize].label.clone();
+    let written = trace.map_or(Ok(()), |trace| trace.write(&label));
+    let outcome = trace::both(outcome, written)?;
     for fallback in &outcome.stats.fallbacks {
         log::warn!("{}", fallback.reason);
     }

@@ -15,6 +15,7 @@ pub mod probe;
 pub mod run;
 pub mod synth;
 pub mod table;
+pub mod trace;
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write;

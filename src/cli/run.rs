@@ -14,6 +14,7 @@ use signal_hook::flag;
 use crate::cli;
 use crate::cli::run::logits::LogitsFile;
 use crate::cli::run::progress::{Loading, Reading};
+use crate::cli::trace::TraceFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ffi::types;
 use crate::host::session::prompt_tokens;
@@ -125,6 +126,10 @@ pub struct Args {
     #[arg(long)]
     no_stream: bool,
 
+    /// Write what drive and compute did when, in Chrome's trace format (ui.perfetto.dev)
+    #[arg(long, value_name = "FILE", conflicts_with = "no_stream")]
+    trace: Option<PathBuf>,
+
     #[command(flatten)]
     streaming: StreamingArgs,
 }
@@ -235,12 +240,16 @@ pub fn command(args: &Args) -> Result<ExitCode> {
         .map(|path| LogitsFile::create(path, &args.model))
         .transpose()?;
 
+    let trace = TraceFile::create(args.trace.as_deref())?;
     let mut loading = Loading::start(args.json);
     let mut session = Session::open(&session_options(args), &mut |share| {
         loading.show(share);
         !STOP.load(Ordering::Relaxed)
     })?;
     loading.finish();
+    if let Some(trace) = &trace {
+        session.trace_into(trace.trace());
+    }
 
     let mut sampler = Sampler::new(session.model(), &sample_options(args))?;
     let outcome = match prompt {
@@ -251,6 +260,9 @@ pub fn command(args: &Args) -> Result<ExitCode> {
         }
         Prompt::Tokens(tokens) => answer(&mut session, &mut sampler, &tokens, args, rows.as_mut()),
     };
+    let label = |layer| session.layer_label(layer);
+    let written = trace.map_or(Ok(()), |trace| trace.write(&label));
+    let outcome = cli::trace::both(outcome, written);
     match rows {
         Some(rows) if outcome.is_ok() => rows.finish()?,
         _ => {}

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use crate::engine::read_catalog;
+use crate::engine::{Trace, read_catalog};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::context::{ContextOptions, LlamaContext, LlamaModel, Origin, Progress};
 use crate::host::device::{self, Handle, StreamOptions, Streamed};
@@ -236,6 +236,25 @@ impl Session {
         self.streamed
             .as_ref()
             .map(|streamed| Monitor(streamed.handle()))
+    }
+
+    /// Sends events to `trace`; before the first prompt. A plain run has none.
+    pub fn trace_into(&self, trace: Arc<Trace>) {
+        if let Some(streamed) = &self.streamed {
+            streamed.handle().model().trace_into(trace);
+        }
+    }
+
+    /// The name of a layer.
+    #[must_use]
+    pub fn layer_label(&self, layer: u32) -> String {
+        let label = |streamed: &Streamed| {
+            let handle = streamed.handle();
+            let layer = handle.model().catalog().layers.get(layer as usize)?;
+            Some(layer.label.clone())
+        };
+        let label = self.streamed.as_ref().and_then(label);
+        label.unwrap_or_else(|| format!("layer {layer}"))
     }
 
     /// FNV-1a 64 over all rows of logits so far, 16 hexadecimal digits.

@@ -274,7 +274,12 @@ mod tests {
         let mut catalog = even_catalog(4, &[(1, 4096), (5, 8192)]);
         let tensor = catalog.tensors[0].clone();
         catalog.tensors = vec![tensor; 8];
-        for (index, used) in catalog.layers.iter_mut().flat_map(|l| &mut l.uses).enumerate() {
+        for (index, used) in catalog
+            .layers
+            .iter_mut()
+            .flat_map(|l| &mut l.uses)
+            .enumerate()
+        {
             used.tensor_index = index as u32;
         }
         let all_bytes = 4.0 * 12_288.0;
