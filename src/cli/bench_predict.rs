@@ -1,7 +1,8 @@
 //! `flea bench predict MODEL...`: what `flea plan` predicts beside what `flea run` then does, for several budgets.
 //!
-//! Both are run as programs of their own, as a user would, and their `--json` is compared. The drive is measured once more
-//! before every run: where it drifts, the second prediction shows what the first could not know.
+//! Both are run as programs of their own, as a user would, and their `--json` is compared. The drive is measured right
+//! before and right after every run: where it drifts, the second prediction shows what the profile could not know, and a
+//! run in which it changed is made again, and told from a wrong prediction.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -22,12 +23,17 @@ Examples:
   flea probe model.gguf && flea bench predict model.gguf
   flea bench predict a.gguf b.gguf --memory 25%,50%,110% --tokens 16 --json
 
-Exit code 1: a run was further than 15 % from the tokens per second predicted for the drive as it was just before, or
-further than 5 % from the peak memory predicted.";
+Exit code 1: a run was further than 15 % from the tokens per second predicted for the drive as it was just before and
+after, or further than 5 % from the peak memory predicted. A run during which the drive changed by more than 15 % is made
+again, three times in all, and then called noisy instead of judged by its speed.";
 
 /// Off by more than this is a failed prediction.
 const SPEED_OFF_MAX: f64 = 0.15;
 const PEAK_OFF_MAX: f64 = 0.05;
+/// A drive that changed by more than this during a run makes its speed no measurement.
+const DRIFT_MAX: f64 = 0.15;
+/// Runs until one met a steady drive.
+const ATTEMPTS: usize = 3;
 /// Context and ubatch of the runs: small, so that the prompt fills what is reserved.
 const CONTEXT_TOKENS: u32 = 256;
 const UBATCH_TOKENS: u32 = 64;
@@ -69,6 +75,9 @@ struct Row {
     expected_tokens: f64,
     measured_tokens: f64,
     drive_gb_per_second: f64,
+    /// How much the drive changed from before the run to after it.
+    drift: f64,
+    streams: bool,
     expected_peak_bytes: u64,
     measured_peak_bytes: u64,
 }
@@ -82,8 +91,22 @@ impl Row {
         self.expected_peak_bytes as f64 / self.measured_peak_bytes.max(1) as f64 - 1.0
     }
 
+    /// A run that reads nothing does not mind the drive.
+    fn is_noisy(&self) -> bool {
+        self.streams && self.drift > DRIFT_MAX
+    }
+
     fn holds(&self) -> bool {
-        self.speed_off().abs() <= SPEED_OFF_MAX && self.peak_off().abs() <= PEAK_OFF_MAX
+        let speed_holds = self.is_noisy() || self.speed_off().abs() <= SPEED_OFF_MAX;
+        speed_holds && self.peak_off().abs() <= PEAK_OFF_MAX
+    }
+
+    fn verdict(&self) -> &'static str {
+        match (self.holds(), self.is_noisy()) {
+            (false, _) => "does not hold",
+            (true, true) => "noisy",
+            (true, false) => "holds",
+        }
     }
 
     fn json(&self) -> Value {
@@ -94,6 +117,8 @@ impl Row {
             "predicted_from_profile_alone": self.profiled_tokens,
             "drive_gb_per_second": self.drive_gb_per_second,
             "measured_tokens_per_second": self.measured_tokens,
+            "drive_drift": self.drift,
+            "noisy": self.is_noisy(),
             "speed_off": self.speed_off(),
             "predicted_peak_bytes": self.expected_peak_bytes,
             "measured_peak_bytes": self.measured_peak_bytes,
@@ -122,7 +147,7 @@ pub fn command(args: &PredictArgs) -> Result<()> {
             ));
         }
         for memory in &args.memory {
-            rows.push(row(args, model, memory)?);
+            rows.push(steady_row(args, model, memory)?);
         }
     }
     if args.json {
@@ -140,12 +165,29 @@ pub fn command(args: &PredictArgs) -> Result<()> {
     }
 }
 
+/// The first row with a steady drive, or the steadiest.
+fn steady_row(args: &PredictArgs, model: &Path, memory: &str) -> Result<Row> {
+    let mut best = row(args, model, memory)?;
+    for _ in 1..ATTEMPTS {
+        if !best.is_noisy() {
+            break;
+        }
+        let again = row(args, model, memory)?;
+        if again.drift < best.drift {
+            best = again;
+        }
+    }
+    Ok(best)
+}
+
 fn row(args: &PredictArgs, model: &Path, memory: &str) -> Result<Row> {
     let profiled = plan(model, memory, None)?;
     let page_bytes = profiled["page_bytes"].as_u64().unwrap_or(0);
-    let drive = drive_now(model, page_bytes)?;
-    let expected = plan(model, memory, Some(drive))?;
+    let before = drive_now(model, page_bytes)?;
     let run = run(args, model, memory)?;
+    let after = drive_now(model, page_bytes)?;
+    let drive = f64::midpoint(before, after);
+    let expected = plan(model, memory, Some(drive))?;
     let tokens = |plan: &Value| number(&plan["prediction"], "tokens_per_second");
     Ok(Row {
         model: model.to_path_buf(),
@@ -154,6 +196,8 @@ fn row(args: &PredictArgs, model: &Path, memory: &str) -> Result<Row> {
         expected_tokens: tokens(&expected)?,
         measured_tokens: number(&run, "tokens_per_second")?,
         drive_gb_per_second: drive,
+        drift: (after - before).abs() / drive.max(1e-9),
+        streams: number(&expected, "streamed_bytes_per_pass")? > 0.0,
         expected_peak_bytes: number(&expected, "peak_memory_bytes")? as u64,
         measured_peak_bytes: number(&run, "peak_memory_bytes")? as u64,
     })
@@ -268,12 +312,7 @@ fn table(rows: &[Row]) -> Table {
             HumanBytes(row.expected_peak_bytes).to_string(),
             HumanBytes(row.measured_peak_bytes).to_string(),
             format!("{:+.1} %", row.peak_off() * 100.0),
-            if row.holds() {
-                "holds"
-            } else {
-                "does not hold"
-            }
-            .to_owned(),
+            row.verdict().to_owned(),
         ]);
     }
     table
@@ -291,6 +330,8 @@ mod tests {
             expected_tokens: 2.0,
             measured_tokens: 2.2,
             drive_gb_per_second: 1.5,
+            drift: 0.1,
+            streams: true,
             expected_peak_bytes: 1020,
             measured_peak_bytes: 1000,
         }
@@ -303,6 +344,16 @@ mod tests {
             measured_tokens: 1.7,
             ..row()
         };
+        let drifting = Row {
+            drift: 0.3,
+            ..slow.clone()
+        };
+        assert!(drifting.holds() && drifting.is_noisy());
+        let resident = Row {
+            streams: false,
+            ..drifting
+        };
+        assert!(!resident.holds(), "nothing is read: the drive is no excuse");
         assert!(!slow.holds() && slow.speed_off() > SPEED_OFF_MAX);
         let fast = Row {
             measured_tokens: 2.4,
