@@ -9,6 +9,7 @@ use clap::{Args as ClapArgs, Subcommand};
 
 use super::bench_raw;
 use super::table::Table;
+use super::trace::{self, TraceFile};
 use super::values;
 use crate::engine::{BudgetSpec, Model, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
@@ -31,6 +32,9 @@ enum What {
     Stream(StreamArgs),
     /// Find the drive's ceiling: the best sequential O_DIRECT read
     Raw(bench_raw::RawArgs),
+    /// Hold what `flea plan` predicts against what `flea run` then does
+    #[cfg(feature = "run")]
+    Predict(super::bench_predict::PredictArgs),
 }
 
 const EXAMPLES: &str = "\
@@ -92,6 +96,10 @@ pub struct StreamArgs {
     #[arg(long)]
     pub verify: bool,
 
+    /// Write what the drive and the walk did when, in Chrome's trace format (ui.perfetto.dev)
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
+
     /// Report as one JSON object
     #[arg(long)]
     pub json: bool,
@@ -145,13 +153,23 @@ pub fn command(args: &Args) -> Result<()> {
     match &args.what {
         What::Stream(args) => stream(args),
         What::Raw(args) => bench_raw::command(args),
+        #[cfg(feature = "run")]
+        What::Predict(args) => super::bench_predict::command(args),
     }
 }
 
 fn stream(args: &StreamArgs) -> Result<()> {
     let stop = super::stop_on_signal()?;
-    let model = Model::open(&args.model, args.options())?;
-    let outcome = bench_stream::measure(&model, args.passes, &stop)?;
+    let trace = TraceFile::create(args.trace.as_deref())?;
+    let options = OpenOptions {
+        trace: trace.as_ref().map(TraceFile::trace),
+        ..args.options()
+    };
+    let model = Model::open(&args.model, options)?;
+    let outcome = bench_stream::measure(&model, args.passes, &stop);
+    let label = |layer: u32| model.catalog().layers[layer as usize].label.clone();
+    let written = trace.map_or(Ok(()), |trace| trace.write(&label));
+    let outcome = trace::both(outcome, written)?;
     for fallback in &outcome.stats.fallbacks {
         log::warn!("{}", fallback.reason);
     }
@@ -212,6 +230,7 @@ fn json(
         "page_bytes": stats.page_bytes,
         "huge_page_share": stats.huge_page_share,
         "fallbacks": fallbacks,
+        "profile": model.profile().to_string(),
         "verified_bytes": verified_bytes,
     })
 }
@@ -258,6 +277,7 @@ fn table(model: &Model, plan: &Plan, outcome: &Outcome, verified_bytes: Option<u
             100.0 * stats.huge_page_share
         ),
     );
+    table.field("profile", model.profile());
     for (index, pass) in outcome.passes.iter().enumerate() {
         let rate = pass.bytes_read as f64 / 1e9 / pass.seconds.max(1e-9);
         table.field(
@@ -305,7 +325,7 @@ mod tests {
         let words = std::iter::once("bench").chain(line.split(' '));
         match Program::try_parse_from(words)?.args.what {
             What::Stream(args) => Ok(args),
-            What::Raw(_) => panic!("{line} is not raw"),
+            _ => panic!("{line} is not stream"),
         }
     }
 

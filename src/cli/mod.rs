@@ -5,13 +5,17 @@
 //! away (`flea inspect m.gguf | head`) is no failure. The last room before the programs: nothing depends on it.
 
 pub mod bench;
+#[cfg(feature = "run")]
+pub mod bench_predict;
 pub mod bench_raw;
 pub mod inspect;
 pub mod plan;
+pub mod probe;
 #[cfg(feature = "run")]
 pub mod run;
 pub mod synth;
 pub mod table;
+pub mod trace;
 pub mod values;
 
 use std::ffi::{OsStr, OsString};
@@ -29,7 +33,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::units;
 
 /// The environment variables flea reads. Any other `FLEA_*` is a slip of the fingers and is warned about.
-pub const ENVIRONMENT: [&str; 7] = [
+pub const ENVIRONMENT: [&str; 8] = [
     "FLEA_MEMORY",
     "FLEA_MODEL",
     "FLEA_STATS",
@@ -37,6 +41,7 @@ pub const ENVIRONMENT: [&str; 7] = [
     "FLEA_READER",
     "FLEA_LOG",
     "FLEA_FAULT",
+    "FLEA_PROFILE",
 ];
 
 /// Options that an environment variable stands in for.
@@ -52,6 +57,7 @@ Examples:
   flea synth --size 4GiB -o big.gguf
   flea bench stream big.gguf --memory 10% --passes 3
   flea bench raw big.gguf
+  flea probe /models
 
 Sizes are written 4GiB, 4GB, 512M, or as a number of bytes; a memory budget also as a share of the model, 50%.
 Exit codes: 0 done, 1 failed, 2 usage, 3 daemon unreachable, 4 budget or resource refused, 5 not a model file or its \

@@ -14,6 +14,7 @@ use signal_hook::flag;
 use crate::cli;
 use crate::cli::run::logits::LogitsFile;
 use crate::cli::run::progress::{Loading, Reading};
+use crate::cli::trace::TraceFile;
 use crate::cli::values;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ffi::types;
@@ -126,6 +127,10 @@ pub struct Args {
     #[arg(long)]
     no_stream: bool,
 
+    /// Write what drive and compute did when, in Chrome's trace format (ui.perfetto.dev)
+    #[arg(long, value_name = "FILE", conflicts_with = "no_stream")]
+    trace: Option<PathBuf>,
+
     #[command(flatten)]
     streaming: StreamingArgs,
 }
@@ -219,6 +224,7 @@ struct Answer<'a> {
     page_bytes: u64,
     huge_page_share: f64,
     peak_memory_bytes: u64,
+    profile: String,
 }
 
 /// Runs the command.
@@ -240,12 +246,16 @@ pub fn command(args: &Args) -> Result<ExitCode> {
         .map(|path| LogitsFile::create(path, &args.model))
         .transpose()?;
 
+    let trace = TraceFile::create(args.trace.as_deref())?;
     let mut loading = Loading::start(args.json);
     let mut session = Session::open(&session_options(args), &mut |share| {
         loading.show(share);
         !STOP.load(Ordering::Relaxed)
     })?;
     loading.finish();
+    if let Some(trace) = &trace {
+        session.trace_into(trace.trace());
+    }
 
     let mut sampler = Sampler::new(session.model(), &sample_options(args))?;
     let outcome = match prompt {
@@ -256,6 +266,9 @@ pub fn command(args: &Args) -> Result<ExitCode> {
         }
         Prompt::Tokens(tokens) => answer(&mut session, &mut sampler, &tokens, args, rows.as_mut()),
     };
+    let label = |layer| session.layer_label(layer);
+    let written = trace.map_or(Ok(()), |trace| trace.write(&label));
+    let outcome = cli::trace::both(outcome, written);
     match rows {
         Some(rows) if outcome.is_ok() => rows.finish()?,
         _ => {}
@@ -518,6 +531,7 @@ fn print_answer(session: &Session, generation: &Generation, figures: &Figures) -
         page_bytes: figures.page_bytes,
         huge_page_share: figures.huge_page_share,
         peak_memory_bytes: figures.peak_memory_bytes,
+        profile: figures.profile.clone(),
     })
 }
 

@@ -7,12 +7,15 @@
 use super::layout::{Layout, Spans};
 use super::open::read_catalog;
 use super::placement;
+use super::reading::{profile_of, reader_options};
 use super::state::{Need, State};
 use super::stats::{BudgetReport, Fallback, FallbackKind, Stats};
 use super::stream::{self, Core, Started};
+use super::trace::Trace;
 use super::wait::{Asked, wait};
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Counters, ReaderOptions, ShardFile, default_request_bytes};
+use crate::io::profile::Found;
+use crate::io::{Counters, ReaderOptions, ShardFile};
 use crate::mem::{Backing, Pool, PoolOptions, Windows, limits};
 use crate::model::Catalog;
 use crate::plan::{self, Plan, PlanOptions, budget};
@@ -49,6 +52,8 @@ pub struct OpenOptions {
     pub page_bytes: Option<u64>,
     /// Bytes the host has reserved but not touched yet; read once, when the plan is made.
     pub host_pending_bytes: Arc<AtomicU64>,
+    /// Where events go; `None` traces nothing.
+    pub trace: Option<Arc<Trace>>,
 }
 
 impl Default for OpenOptions {
@@ -61,6 +66,7 @@ impl Default for OpenOptions {
             slots_count: plan::SLOTS_DEFAULT,
             page_bytes: None,
             host_pending_bytes: Arc::default(),
+            trace: None,
         }
     }
 }
@@ -88,6 +94,7 @@ pub struct Model {
     spans: Spans,
     options: OpenOptions,
     page_bytes: u64,
+    trace: OnceLock<Arc<Trace>>,
 }
 
 impl Model {
@@ -128,12 +135,22 @@ impl Model {
                 .unwrap_or_else(|| plan::default_page_bytes(&catalog)),
             catalog: Arc::new(catalog),
             files: files.into(),
+            trace: options
+                .trace
+                .clone()
+                .map_or_else(OnceLock::new, OnceLock::from),
             options,
         };
         if !model.options.defer_plan {
             model.running()?;
         }
         Ok(model)
+    }
+
+    /// Sends events to `trace` from the plan on: for who opens with a deferred plan. Only the first one counts, and one
+    /// given too late gets nothing.
+    pub fn trace_into(&self, trace: Arc<Trace>) {
+        let _ = self.trace.set(trace);
     }
 
     /// What is in the files.
@@ -173,6 +190,12 @@ impl Model {
         self.options.backing
     }
 
+    /// What is known about the drive of the first shard: request length and depth come from it where none are given.
+    #[must_use]
+    pub fn profile(&self) -> Found {
+        profile_of(&self.files[0])
+    }
+
     /// The constant address of byte `offset_bytes` of a shard. Readable only under a lease of its layer.
     #[must_use]
     pub fn address(&self, shard_index: u32, offset_bytes: u64) -> *const u8 {
@@ -203,15 +226,22 @@ impl Model {
         let running = self.running()?;
         let thread = thread_id();
         let mut state = running.core.state();
-        if state.ready(layer, need) || skip_the_wait() {
-            return state.lease(layer, thread);
-        }
-        let asked = Asked {
-            layer,
-            need,
-            thread,
+        let leased = if state.ready(layer, need) || skip_the_wait() {
+            let leased = state.lease(layer, thread);
+            drop(state);
+            leased
+        } else {
+            let asked = Asked {
+                layer,
+                need,
+                thread,
+            };
+            wait(&running.core, &running.started.waker, state, asked, timeout)
         };
-        wait(&running.core, &running.started.waker, state, asked, timeout)
+        if let (Some(trace), true) = (&running.core.trace, leased.is_ok()) {
+            trace.leased(layer);
+        }
+        leased
     }
 
     /// Gives a lease back. May be called on another thread than the acquire.
@@ -229,6 +259,9 @@ impl Model {
         let wake = {
             let mut state = running.core.state();
             state.release(layer, thread_id())?;
+            if let Some(trace) = &running.core.trace {
+                trace.released(layer);
+            }
             std::mem::take(&mut state.hungry)
         };
         if wake {
@@ -380,7 +413,7 @@ impl Model {
             &pool_options,
         )?;
         let fixed_slots = self.options.backing == Backing::Shared;
-        let reader = self.reader_options(&plan);
+        let reader = reader_options(&self.options.reader, plan.page_bytes, &self.files[0]);
         let request_bytes = u64::from(reader.request_bytes);
         let layout = Arc::new(Layout::new(
             &self.catalog,
@@ -395,6 +428,7 @@ impl Model {
             pool: Mutex::new(pool),
             counters: Mutex::new(Counters::default()),
             stop: AtomicBool::new(false),
+            trace: self.trace.get().cloned(),
         });
         let (sender, receiver) = mpsc::sync_channel(1);
         let (thread_core, files) = (Arc::clone(&core), Arc::clone(&self.files));
@@ -431,16 +465,6 @@ impl Model {
             not_bound,
             thread: Some(thread),
         })
-    }
-
-    /// The reader's options with every default filled in.
-    fn reader_options(&self, plan: &Plan) -> ReaderOptions {
-        let mut reader = self.options.reader.clone();
-        reader.page_bytes = plan.page_bytes;
-        if reader.request_bytes == 0 {
-            reader.request_bytes = default_request_bytes(plan.page_bytes);
-        }
-        reader
     }
 
     fn make_plan(&self) -> Result<(Plan, BudgetReport)> {

@@ -14,6 +14,7 @@ pub mod fault;
 mod filesystem;
 mod memory;
 mod pread;
+pub mod profile;
 mod request;
 mod setup;
 mod uring;
