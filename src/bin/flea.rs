@@ -30,6 +30,8 @@ enum Command {
     Bench(cli::bench::Args),
     /// Measure a drive and this machine's memory, and keep the result for the others
     Probe(cli::probe::Args),
+    /// Look at everything flea needs of this machine, and say what would mend it
+    Doctor(cli::doctor::Args),
     /// Write a synthetic model of any size that llama.cpp loads
     Synth(cli::synth::Args),
 }
@@ -49,6 +51,7 @@ fn main() -> ExitCode {
         Command::Plan(args) => cli::plan::command(args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => cli::bench::command(args).map(|()| ExitCode::SUCCESS),
         Command::Probe(args) => cli::probe::command(args),
+        Command::Doctor(args) => cli::doctor::command(args),
         Command::Synth(args) => cli::synth::command(args).map(|()| ExitCode::SUCCESS),
     };
     cli::finish(result, json)

@@ -8,6 +8,7 @@ pub mod bench;
 #[cfg(feature = "run")]
 pub mod bench_predict;
 pub mod bench_raw;
+pub mod doctor;
 pub mod inspect;
 pub mod plan;
 pub mod probe;

@@ -2,6 +2,7 @@
 //! no printing: functions take plain values and give plain values back, so that tests and other tools can call them.
 
 pub mod bench_stream;
+pub mod doctor;
 pub mod gguf_write;
 pub mod probe;
 pub mod raw;
