@@ -29,6 +29,8 @@
 
 #[cfg(feature = "cli")]
 pub mod cli;
+#[cfg(feature = "cli")]
+pub mod daemon;
 pub mod engine;
 pub mod error;
 pub mod ffi;
