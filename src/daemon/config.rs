@@ -17,24 +17,25 @@ use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
 
 use super::pressure;
+use super::settings::WEIGHT_DEFAULT;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::ReaderKind;
-use crate::units::{MIB, MemorySpec};
+use crate::proto::{PACKET_BYTES_MAX, SOCKET_DEFAULT};
+use crate::units::MemorySpec;
 
 mod check;
+mod reload;
+mod settings;
 pub(super) mod text;
 
 #[cfg(test)]
 mod tests;
 
 pub use check::KEYS_LIVE;
+pub use reload::{Change, Changes, reloaded};
 
 /// Where the file is when nobody says otherwise.
 pub const PATH_DEFAULT: &str = "/etc/flea/flead.toml";
-/// Where the socket is when nobody says otherwise.
-pub const SOCKET_DEFAULT: &str = "/run/flea/flea.sock";
-/// The weight of a model that the file does not name; 200 is twice the share of it.
-pub const WEIGHT_DEFAULT: u32 = 100;
 
 /// Everything that can be set. The field names are the keys of the file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -42,6 +43,9 @@ pub const WEIGHT_DEFAULT: u32 = 100;
 pub struct Config {
     /// The Unix socket that clients attach to.
     pub socket: PathBuf,
+    /// The mode of that socket, in octal.
+    #[serde(with = "text::mode")]
+    pub socket_mode: u32,
     /// Everything flead may hold: a size, or `auto`.
     #[serde(with = "text::memory")]
     pub memory: MemorySpec,
@@ -49,9 +53,9 @@ pub struct Config {
     pub models: Vec<PathBuf>,
     /// Models that are opened before flead says that it is ready, and stay open.
     pub preload: Vec<PathBuf>,
-    /// Users that may attach.
+    /// Users that may attach, by name or number. With no user and no group named, whoever the socket's mode lets in.
     pub users: Vec<String>,
-    /// Groups whose members may attach.
+    /// Groups whose members may attach, by name or number.
     pub groups: Vec<String>,
     /// Users that may change things (budget, load, unload, pin); root and flead's own user always may.
     pub admins: Vec<String>,
@@ -91,11 +95,13 @@ pub struct Config {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
-    /// Clients attached at a time.
+    /// Connections at a time.
     pub clients: u32,
-    /// Models that one client may have open.
+    /// Connections of one user at a time.
+    pub clients_per_user: u32,
+    /// Models loaded at a time.
     pub models: u32,
-    /// Leases that one client may hold; the ring's own bound, slots - 2, holds besides.
+    /// Layers that one client may hold; the ring's own bound, slots - 2, holds besides.
     pub leases: u32,
     /// The longest packet that is read.
     #[serde(with = "text::size")]
@@ -122,11 +128,12 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             socket: SOCKET_DEFAULT.into(),
+            socket_mode: 0o660,
             memory: MemorySpec::Auto,
             models: vec!["/var/lib/flea/models".into()],
             preload: Vec::new(),
             users: Vec::new(),
-            groups: vec!["flea".to_owned()],
+            groups: Vec::new(),
             admins: Vec::new(),
             slots: 0,
             page_bytes: 0,
@@ -147,10 +154,11 @@ impl Default for Config {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            clients: 64,
-            models: 8,
+            clients: 1024,
+            clients_per_user: 256,
+            models: 32,
             leases: 64,
-            packet_bytes: MIB / 16,
+            packet_bytes: PACKET_BYTES_MAX as u64,
             requests_per_second: 1000,
             lease_timeout_ns: 30_000_000_000,
         }
@@ -475,103 +483,4 @@ fn place(table: &mut Table, key: &str, value: Value) {
             }
         }
     }
-}
-
-/// One value that a new configuration has otherwise.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Change {
-    /// The key.
-    pub key: String,
-    /// What it was, as it stands in the file.
-    pub old: String,
-    /// What it is to be.
-    pub new: String,
-}
-
-impl fmt::Display for Change {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {} -> {}", self.key, self.old, self.new)
-    }
-}
-
-/// What a reload changes.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Changes {
-    /// Taken over at once.
-    pub live: Vec<Change>,
-    /// Only a restart takes these over.
-    pub restart: Vec<Change>,
-}
-
-impl Changes {
-    /// The differences between two configurations.
-    #[must_use]
-    pub fn between(old: &Config, new: &Config) -> Self {
-        let mut changes = Self::default();
-        let old: BTreeMap<String, Value> = old.leaves().into_iter().collect();
-        let new: BTreeMap<String, Value> = new.leaves().into_iter().collect();
-        let shown =
-            |value: Option<&Value>| value.map_or_else(|| "unset".to_owned(), Value::to_string);
-        let mut keys: Vec<&String> = old.keys().chain(new.keys()).collect();
-        keys.sort();
-        keys.dedup();
-        for key in keys {
-            if old.get(key) == new.get(key) {
-                continue;
-            }
-            let change = Change {
-                key: key.clone(),
-                old: shown(old.get(key)),
-                new: shown(new.get(key)),
-            };
-            if check::is_live(key) {
-                changes.live.push(change);
-            } else {
-                changes.restart.push(change);
-            }
-        }
-        changes
-    }
-
-    /// True when there is nothing to do.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.live.is_empty() && self.restart.is_empty()
-    }
-}
-
-impl fmt::Display for Changes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.is_empty() {
-            return f.write_str("nothing changed");
-        }
-        let lines: Vec<String> = (self.live.iter().map(|change| format!("applied {change}")))
-            .chain((self.restart.iter()).map(|change| format!("needs a restart {change}")))
-            .collect();
-        f.write_str(&lines.join("; "))
-    }
-}
-
-/// What a running daemon has after a reload: the new values of the live keys, the old ones of all others.
-#[must_use]
-pub fn reloaded(old: &Config, new: &Config) -> Config {
-    let mut table = old.table();
-    // A section whose keys are free, such as weights, is replaced as a whole.
-    for (key, value) in new.table() {
-        match (table.get_mut(&key), value) {
-            (Some(Value::Table(kept)), Value::Table(fresh)) if check::is_live(&key) => {
-                *kept = fresh;
-            }
-            (Some(Value::Table(kept)), Value::Table(fresh)) => {
-                let live = |name: &String| check::is_live(&join(&key, name));
-                kept.extend(fresh.into_iter().filter(|(name, _)| live(name)));
-            }
-            (kept, value) if check::is_live(&key) => match kept {
-                Some(kept) => *kept = value,
-                None => drop(table.insert(key, value)),
-            },
-            _ => {}
-        }
-    }
-    Table::try_into(table).expect("values of two good configurations make a good one")
 }

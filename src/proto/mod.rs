@@ -7,11 +7,13 @@
 //! `file -> catalog -> plan -> reader -> pool -> lease -> host`: lease, for hosts in another process.
 
 mod control;
+mod inherit;
 pub mod message;
 pub mod snapshot;
 mod socket;
 
 pub use control::Control;
+pub use inherit::inherited_listener;
 pub use socket::{Packet, Socket};
 
 /// The version of the protocol: the first packet of both sides names it, and unequal versions part.

@@ -5,6 +5,7 @@ use std::path::Path;
 use super::{Config, Limits, Mistake, keys};
 use crate::io::DEPTH_MOST;
 use crate::plan::{SLOTS_MAX, SLOTS_MIN};
+use crate::proto::PACKET_BYTES_MAX;
 use crate::units::{GIB, HumanBytes, KIB, MIB, MemorySpec, PAGE_2M, PAGE_4K};
 
 /// Keys, and sections as a whole, that a running daemon takes over at SIGHUP. All others need a restart.
@@ -17,7 +18,7 @@ const SOCKET_PATH_MOST: usize = 107;
 /// The shortest packet that every request fits in.
 const PACKET_LEAST_BYTES: u64 = 4 * KIB;
 /// The longest packet of the protocol.
-const PACKET_MOST_BYTES: u64 = 64 * KIB;
+const PACKET_MOST_BYTES: u64 = PACKET_BYTES_MAX as u64;
 const RESERVE_MOST_BYTES: u64 = 1024 * GIB;
 const SECOND_NS: u64 = 1_000_000_000;
 
@@ -205,7 +206,9 @@ fn log(config: &Config) -> Option<Mistake> {
 
 fn limits(limits: &Limits) -> Option<Mistake> {
     let packet = limits.packet_bytes;
+    let per_user = u64::from(limits.clients_per_user);
     within("limits.clients", limits.clients.into(), 1, 10_000)
+        .or_else(|| within("limits.clients_per_user", per_user, 1, 10_000))
         .or_else(|| within("limits.models", limits.models.into(), 1, 1000))
         .or_else(|| within("limits.leases", limits.leases.into(), 1, 10_000))
         .or_else(|| {

@@ -1,7 +1,7 @@
 //! Tests of flead.toml: precedence, origins, the words of every mistake, and what a reload takes over.
 
 use super::*;
-use crate::units::GIB;
+use crate::units::{GIB, MIB};
 use proptest::prelude::*;
 
 fn at() -> &'static Path {
@@ -196,6 +196,11 @@ fn wrong_types_and_broken_files_name_their_place() {
             ":1: socket: ",
             "not an absolute path",
         ),
+        (
+            "socket_mode = \"0999\"\n",
+            ":1: socket_mode: ",
+            "write 0660",
+        ),
         ("slots = 1\n", ":1: slots: ", "write 2 to 64, or auto"),
         (
             "request_bytes = 5000\n",
@@ -256,7 +261,7 @@ fn a_reload_takes_live_keys_and_names_the_others() {
     let changes = Changes::between(&old, &new);
     assert_eq!(
         changes.to_string(),
-        "applied limits.clients: 64 -> 9; applied memory: \"auto\" -> \"2GiB\"; \
+        "applied limits.clients: 1024 -> 9; applied memory: \"auto\" -> \"2GiB\"; \
          applied weights.a.gguf: unset -> 7; needs a restart reader: \"auto\" -> \"pread\""
     );
     let running = reloaded(&old, &new);

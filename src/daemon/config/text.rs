@@ -204,6 +204,16 @@ as_text!(
     }
 );
 as_text!(
+    mode,
+    u32,
+    "a mode in octal such as \"0660\"",
+    |text| match u32::from_str_radix(text, 8) {
+        Ok(mode) if mode <= 0o777 => Ok(mode),
+        _ => Err(format!("'{text}' is not a mode; write 0660 or 0666")),
+    },
+    |mode| format!("{mode:04o}")
+);
+as_text!(
     reader,
     crate::io::ReaderKind,
     "\"auto\", \"io_uring\" or \"pread\"",
