@@ -5,14 +5,15 @@
 //! a layer, computes with the weights at their constant addresses, and releases it.
 
 use super::layout::{Layout, Spans};
+use super::leases::thread_id;
 use super::open::read_catalog;
 use super::placement;
 use super::state::{Need, State};
 use super::stats::{BudgetReport, Fallback, FallbackKind, Stats};
-use super::stream::{self, Core, Started};
+use super::stream::{self, Core, Shared, Started};
 use super::wait::{Asked, wait};
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Counters, ReaderOptions, ShardFile, default_request_bytes};
+use crate::io::{Counters, ReaderOptions, ShardFile, Waker, default_request_bytes};
 use crate::mem::{Backing, Pool, PoolOptions, Windows, limits};
 use crate::model::Catalog;
 use crate::plan::{self, Plan, PlanOptions, budget};
@@ -49,6 +50,8 @@ pub struct OpenOptions {
     pub page_bytes: Option<u64>,
     /// Bytes the host has reserved but not touched yet; read once, when the plan is made.
     pub host_pending_bytes: Arc<AtomicU64>,
+    /// For a model in the daemon: its clients, and its part of the drive.
+    pub shared: Shared,
 }
 
 impl Default for OpenOptions {
@@ -61,6 +64,7 @@ impl Default for OpenOptions {
             slots_count: plan::SLOTS_DEFAULT,
             page_bytes: None,
             host_pending_bytes: Arc::default(),
+            shared: Shared::default(),
         }
     }
 }
@@ -110,6 +114,18 @@ impl Model {
         files: Vec<ShardFile>,
         options: OpenOptions,
     ) -> Result<Self> {
+        Self::again(Arc::new(catalog), files.into(), options)
+    }
+
+    /// [`Model::from_parts`] for parts that another model has as well: the daemon makes a new one for each plan.
+    ///
+    /// # Errors
+    /// Those of [`Model::open`].
+    pub fn again(
+        catalog: Arc<Catalog>,
+        files: Arc<[ShardFile]>,
+        options: OpenOptions,
+    ) -> Result<Self> {
         if catalog.layers.is_empty() {
             let context = format!(
                 "{}: no layers in this model, nothing to stream",
@@ -126,8 +142,8 @@ impl Model {
             page_bytes: options
                 .page_bytes
                 .unwrap_or_else(|| plan::default_page_bytes(&catalog)),
-            catalog: Arc::new(catalog),
-            files: files.into(),
+            catalog,
+            files,
             options,
         };
         if !model.options.defer_plan {
@@ -285,6 +301,12 @@ impl Model {
         stats
     }
 
+    /// What the stream works on, and how to wake it, once the plan is made.
+    pub(super) fn core_and_waker(&self) -> Option<(&Core, &Waker)> {
+        let running = self.running.get()?;
+        Some((&running.core, &running.started.waker))
+    }
+
     fn buffered_shards(&self) -> Vec<Fallback> {
         let shards = self.files.iter().filter_map(|file| {
             let reason = file.direct().fallback()?;
@@ -389,7 +411,10 @@ impl Model {
             fixed_slots,
         ));
         let core = Arc::new(Core {
-            state: Mutex::new(State::new(Arc::clone(&layout))),
+            state: Mutex::new(State::new(
+                Arc::clone(&layout),
+                self.options.shared.board.clone(),
+            )),
             changed: Condvar::new(),
             pool: Mutex::new(pool),
             counters: Mutex::new(Counters::default()),
@@ -397,6 +422,7 @@ impl Model {
         });
         let (sender, receiver) = mpsc::sync_channel(1);
         let (thread_core, files) = (Arc::clone(&core), Arc::clone(&self.files));
+        let shared = self.options.shared.clone();
         let thread = std::thread::Builder::new()
             .name("flea-stream".to_owned())
             .spawn(move || {
@@ -405,7 +431,7 @@ impl Model {
                 {
                     log::warn!("the stream's thread is not pinned to its drive's node: {error}");
                 }
-                stream::run(&thread_core, &layout, &files, &reader, &sender);
+                stream::run(&thread_core, &layout, &files, &reader, &shared, &sender);
             })
             .map_err(|error| Error::from_io(&error, "start the stream's thread"))?;
         let lost = |_| {
@@ -537,13 +563,6 @@ impl Drop for Running {
             log::error!("the stream's thread had panicked");
         }
     }
-}
-
-/// A number for the calling thread, never used twice in a process.
-fn thread_id() -> u64 {
-    static NEXT: AtomicU64 = AtomicU64::new(1);
-    thread_local!(static ID: u64 = NEXT.fetch_add(1, Ordering::Relaxed));
-    ID.with(|id| *id)
 }
 
 /// `FLEA_FAULT=nowait`: hosts get their lease before the bytes are there. A suite that passes with it tests nothing.

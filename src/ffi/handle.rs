@@ -225,6 +225,7 @@ fn parse_options(
         },
         page_bytes: (options.page_bytes != 0).then_some(u64::from(options.page_bytes)),
         host_pending_bytes,
+        ..defaults
     })
 }
 

@@ -42,13 +42,15 @@ pub enum Method {
     Plan,
     /// What the last failed read of a layer said.
     Failure,
+    /// Which layers the client will acquire next.
+    Hint,
     /// Gives the model back; the connection stays.
     Detach,
 }
 
 impl Method {
     /// Every method.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Hello,
         Self::Status,
         Self::Models,
@@ -64,6 +66,7 @@ impl Method {
         Self::Catalog,
         Self::Plan,
         Self::Failure,
+        Self::Hint,
         Self::Detach,
     ];
 
@@ -86,6 +89,7 @@ impl Method {
             Self::Catalog => "catalog",
             Self::Plan => "plan",
             Self::Failure => "failure",
+            Self::Hint => "hint",
             Self::Detach => "detach",
         }
     }
@@ -316,6 +320,14 @@ pub struct Attach {
 pub struct Failure {
     /// The layer whose read failed.
     pub layer: u32,
+}
+
+/// Parameters of `hint`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hint {
+    /// The layers, in order.
+    pub layers: Vec<u32>,
 }
 
 /// Parameters of methods that take none.

@@ -3,17 +3,22 @@
 //! Set-up goes over a SOCK_SEQPACKET socket, one JSON object per packet, the version first ([`message`]); file
 //! descriptors travel with the replies that need them. Leases do not: they are counted in shared words
 //! and cost no system call when the layer is there. [`Control`] is the client that only
-//! asks. Place in
+//! asks; [`Attached`] is a model in the daemon, with the calls of [`crate::engine::Model`]. Place in
 //! `file -> catalog -> plan -> reader -> pool -> lease -> host`: lease, for hosts in another process.
 
+mod attached;
 mod control;
 mod inherit;
 pub mod message;
+pub mod opened;
+pub mod plan;
 pub mod snapshot;
 mod socket;
 
+pub use attached::Attached;
 pub use control::Control;
 pub use inherit::inherited_listener;
+pub use opened::Opened;
 pub use socket::{Packet, Socket};
 
 /// The version of the protocol: the first packet of both sides names it, and unequal versions part.
