@@ -5,6 +5,7 @@
 //! the lease, for hosts in other processes.
 
 pub mod config;
+pub mod metrics;
 pub mod notify;
 pub mod pressure;
 pub mod settings;
