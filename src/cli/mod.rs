@@ -6,6 +6,7 @@
 
 pub mod bench;
 pub mod bench_raw;
+pub mod ctl;
 pub mod inspect;
 pub mod plan;
 #[cfg(feature = "run")]
@@ -23,11 +24,12 @@ use serde::Serialize;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 
+use crate::daemon::config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units;
 
-/// The environment variables flea reads. Any other `FLEA_*` is a slip of the fingers and is warned about.
-pub const ENVIRONMENT: [&str; 7] = [
+/// The environment variables flea reads, besides one for each key of flead.toml (`FLEA_LIMITS_CLIENTS`). Any other `FLEA_*` is a slip of the fingers and is warned about.
+pub const ENVIRONMENT: [&str; 8] = [
     "FLEA_MEMORY",
     "FLEA_MODEL",
     "FLEA_STATS",
@@ -35,6 +37,7 @@ pub const ENVIRONMENT: [&str; 7] = [
     "FLEA_READER",
     "FLEA_LOG",
     "FLEA_FAULT",
+    "FLEA_CONFIG",
 ];
 
 /// Shown below `flea --help`.
@@ -179,9 +182,12 @@ pub fn warn_about_environment() {
 }
 
 fn unknown_variables(names: impl Iterator<Item = OsString>) -> Vec<String> {
+    let keys = config::keys();
+    let of_flead = |name: &str| keys.iter().any(|key| config::variable_of(key) == name);
+    let known = |name: &str| ENVIRONMENT.contains(&name) || of_flead(name);
     let mut unknown: Vec<String> = names
         .filter_map(|name| name.into_string().ok())
-        .filter(|name| name.starts_with("FLEA_") && !ENVIRONMENT.contains(&name.as_str()))
+        .filter(|name| name.starts_with("FLEA_") && !known(name))
         .collect();
     unknown.sort();
     unknown
@@ -278,7 +284,7 @@ mod tests {
 
     #[test]
     fn unknown_variables_are_named_and_known_ones_are_not() {
-        let names = words("FLEA_MEMROY FLEA_MEMORY HOME FLEA_LOG FLEAS");
+        let names = words("FLEA_MEMROY FLEA_MEMORY HOME FLEA_LOG FLEAS FLEA_LIMITS_CLIENTS");
         assert_eq!(unknown_variables(names), ["FLEA_MEMROY"]);
     }
 

@@ -4,6 +4,9 @@
 //! Nothing a client says or writes is believed. Place in `file -> catalog -> plan -> reader -> pool -> lease -> host`:
 //! the lease, for hosts in other processes.
 
+pub mod config;
+pub mod notify;
+pub mod pressure;
 pub mod settings;
 
 pub use settings::Settings;

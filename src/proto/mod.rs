@@ -8,6 +8,7 @@
 
 mod attached;
 mod control;
+mod inherit;
 pub mod message;
 pub mod opened;
 pub mod plan;
@@ -16,6 +17,7 @@ mod socket;
 
 pub use attached::Attached;
 pub use control::Control;
+pub use inherit::inherited_listener;
 pub use opened::Opened;
 pub use socket::{Packet, Socket};
 
