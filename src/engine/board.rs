@@ -11,6 +11,7 @@
 use super::order::Order;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mem::SharedWords;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -170,6 +171,7 @@ pub struct Board {
     /// Most layers that one client's waits are honoured for at a time.
     demands_max: usize,
     clients: Mutex<Vec<Client>>,
+    past_acquires: AtomicU64,
 }
 
 impl Board {
@@ -190,6 +192,7 @@ impl Board {
             layer_count,
             demands_max: demands_max.max(1),
             clients: Mutex::default(),
+            past_acquires: AtomicU64::new(0),
         })
     }
 
@@ -234,7 +237,13 @@ impl Board {
 
     /// Forgets a client: all it held is free.
     pub fn detach(&self, id: u64) {
-        self.clients().retain(|client| client.id != id);
+        self.clients().retain(|client| {
+            let stays = client.id != id;
+            if !stays {
+                self.past_acquires.fetch_add(client.acquires, Relaxed);
+            }
+            stays
+        });
     }
 
     /// Takes over which layers a client will acquire next.
@@ -342,6 +351,14 @@ impl Board {
             .map(|layer| (layer, client.page.load(place::hold(layer))))
             .filter(|(_, count)| *count != 0)
             .collect()
+    }
+
+    /// Acquires that the clients, also those that have gone, said they made.
+    #[must_use]
+    pub fn acquires(&self) -> u64 {
+        let clients = self.clients();
+        let present: u64 = clients.iter().map(|client| client.acquires).sum();
+        present + self.past_acquires.load(Relaxed)
     }
 
     /// The layers that clients wait for, each client's own limit kept; `failed` tells whose last read failed. Also reads

@@ -22,7 +22,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -80,6 +80,8 @@ pub struct Attached {
     /// Per layer: the generation whose pages its window shows; 0 = none.
     mapped: Vec<AtomicU32>,
     mapping: Mutex<()>,
+    /// Per layer: an acquire that did not wait has said that it is wanted.
+    wished: Vec<AtomicBool>,
     leases: Mutex<Leases>,
     released: Condvar,
     lost: OnceLock<Error>,
@@ -139,6 +141,7 @@ impl Attached {
             windows: Arc::new(Windows::reserve(&lens)?),
             spans: Spans::new(&catalog),
             mapped: catalog.layers.iter().map(|_| AtomicU32::new(0)).collect(),
+            wished: catalog.layers.iter().map(|_| AtomicBool::new(false)).collect(),
             catalog,
             area,
             page,
@@ -214,6 +217,9 @@ impl Attached {
             return Ok(());
         }
         self.refuse_deadlock(layer, thread)?;
+        if timeout.is_some_and(|timeout| timeout.is_zero()) {
+            return Err(self.ask_for(layer));
+        }
         self.stalls.fetch_add(1, Ordering::Relaxed);
         let began = Instant::now();
         self.page.add(place::want(layer), board::WANT);
@@ -288,6 +294,18 @@ impl Attached {
         }
     }
 
+    /// Says that the layer is wanted, without waiting: the wish stands until the layer is had.
+    fn ask_for(&self, layer: u32) -> Error {
+        if !self.wished[layer as usize].swap(true, Ordering::AcqRel) {
+            self.page.add(place::want(layer), board::WANT);
+        }
+        self.kick();
+        Error::new(
+            ErrorKind::Again,
+            format!("layer {layer} is not in memory yet"),
+        )
+    }
+
     // ---- a lease --------------------------------------------------------------------------------------------
 
     /// Raises the hold and looks whether the layer is there; if so, it is leased and mapped.
@@ -337,6 +355,9 @@ impl Attached {
             self.map(layer, generation)?;
         }
         leases.add(layer, thread)?;
+        if self.wished[layer as usize].swap(false, Ordering::AcqRel) {
+            self.page.sub(place::want(layer), 1);
+        }
         let head = self.page.load(place::RING_HEAD);
         self.page
             .store(place::RING + head as usize % place::RING_COUNT, layer);
@@ -658,14 +679,25 @@ fn fetch_catalog(control: &mut Control) -> Result<Catalog> {
 fn fetch_plan(control: &mut Control, layer_count: usize) -> Result<ClientPlan> {
     'again: loop {
         let packet = control.exchange(Method::Plan, &json!({ "from": 0 }))?;
-        let (first, mut descriptors) = opened::<PlanPage>(packet)?;
+        let (first, mut descriptors) = match opened::<PlanPage>(packet) {
+            // Another plan is being made at this moment.
+            Err(error) if error.kind() == ErrorKind::Again => {
+                std::thread::sleep(Duration::from_millis(20));
+                continue;
+            }
+            other => other?,
+        };
         let Some(pool) = descriptors.pop() else {
             let context = "the daemon's plan came without its pool";
             return Err(Error::new(ErrorKind::Connection, context));
         };
         let (mut runs, mut next) = (first.runs, first.next);
         while let Some(from) = next {
-            let page: PlanPage = from_value(control.call(Method::Plan, &json!({ "from": from }))?)?;
+            let answer = control.call(Method::Plan, &json!({ "from": from }));
+            if matches!(&answer, Err(error) if error.kind() == ErrorKind::Again) {
+                continue 'again;
+            }
+            let page: PlanPage = from_value(answer?)?;
             if page.figures.generation != first.figures.generation {
                 continue 'again;
             }

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
-    connect, recvmsg, sendmsg, setsockopt, socket, sockopt,
+    accept4, connect, recvmsg, sendmsg, setsockopt, socket, sockopt,
 };
 use nix::sys::time::TimeVal;
 use std::io::{IoSlice, IoSliceMut};
@@ -82,6 +82,21 @@ impl Socket {
                 );
                 Err(Error::os(errno as i32, what).with_kind(kind))
             }
+        }
+    }
+
+    /// Takes the next connection of a listening socket; `None` when nobody waits.
+    ///
+    /// # Errors
+    /// What accept says: too many open files, above all.
+    pub fn accept(listener: BorrowedFd<'_>) -> Result<Option<Self>> {
+        match accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
+            // SAFETY: accept has just made this descriptor for us, and nobody else knows it.
+            Ok(raw) => Ok(Some(Self {
+                fd: unsafe { OwnedFd::from_raw_fd(raw) },
+            })),
+            Err(Errno::EAGAIN | Errno::ECONNABORTED | Errno::EINTR) => Ok(None),
+            Err(errno) => Err(Error::os(errno as i32, "accept a connection")),
         }
     }
 
