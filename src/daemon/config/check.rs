@@ -9,8 +9,8 @@ use crate::proto::PACKET_BYTES_MAX;
 use crate::units::{GIB, HumanBytes, KIB, MIB, MemorySpec, PAGE_2M, PAGE_4K};
 
 /// Keys, and sections as a whole, that a running daemon takes over at SIGHUP. All others need a restart.
-pub const KEYS_LIVE: [&str; 9] = [
-    "memory", "models", "users", "groups", "admins", "log", "limits", "pressure", "weights",
+pub const KEYS_LIVE: [&str; 8] = [
+    "memory", "models", "users", "groups", "admins", "limits", "pressure", "weights",
 ];
 
 /// A Unix socket's address has room for this many bytes, the closing zero aside.
