@@ -7,6 +7,7 @@
 pub mod bench;
 pub mod bench_raw;
 pub mod ctl;
+pub mod flead;
 pub mod inspect;
 pub mod plan;
 #[cfg(feature = "run")]

@@ -65,7 +65,7 @@ fn try_answer(server: &mut Server, id: u64, request: &Request) -> Result<Answer>
         }
         Method::Metrics => {
             let page: Page = request.parameters()?;
-            let text = super::metrics::render(&snapshot(server));
+            let text = super::metrics::text(&snapshot(server));
             let lines = text.lines().map(str::to_owned);
             now(paged("lines", page.from, lines)?)
         }
@@ -223,7 +223,8 @@ fn attach(server: &mut Server, id: u64, asked: &Attach) -> Result<Answer> {
         .get(&id)
         .is_some_and(|session| session.attached.is_some())
     {
-        let context = "a connection is attached to one model at a time; detach first, or connect again";
+        let context =
+            "a connection is attached to one model at a time; detach first, or connect again";
         return Err(Error::new(ErrorKind::Busy, context));
     }
     if let Some(model) = server.shelf.loaded(&asked.path)?
@@ -289,7 +290,11 @@ fn plan(server: &Server, id: u64, page: &Page) -> Result<Answer> {
     if let (Value::Object(value), Value::Object(figures)) = (&mut value, to_value(&told.figures)?) {
         value.extend(figures);
     }
-    let descriptors = if page.from == 0 { vec![pool] } else { Vec::new() };
+    let descriptors = if page.from == 0 {
+        vec![pool]
+    } else {
+        Vec::new()
+    };
     Ok(Answer::Now(Ok(value), descriptors))
 }
 

@@ -23,8 +23,13 @@ pub fn divide(budget_bytes: u64, claims: &[Claim]) -> Option<Vec<u64>> {
     // Each round gives the rest out by weight; who is full drops out, so there are at most as many rounds as claims.
     loop {
         let wants = |index: usize| claims[index].largest_bytes.saturating_sub(parts[index]);
-        let hungry: Vec<usize> = (0..claims.len()).filter(|index| wants(*index) > 0).collect();
-        let weight: u128 = hungry.iter().map(|i| u128::from(claims[*i].weight.max(1))).sum();
+        let hungry: Vec<usize> = (0..claims.len())
+            .filter(|index| wants(*index) > 0)
+            .collect();
+        let weight: u128 = hungry
+            .iter()
+            .map(|i| u128::from(claims[*i].weight.max(1)))
+            .sum();
         if hungry.is_empty() || rest == 0 {
             return Some(parts);
         }
@@ -32,7 +37,10 @@ pub fn divide(budget_bytes: u64, claims: &[Claim]) -> Option<Vec<u64>> {
             .iter()
             .map(|&index| {
                 let fair = u128::from(rest) * u128::from(claims[index].weight.max(1)) / weight;
-                (index, wants(index).min(u64::try_from(fair).unwrap_or(u64::MAX)))
+                (
+                    index,
+                    wants(index).min(u64::try_from(fair).unwrap_or(u64::MAX)),
+                )
             })
             .collect();
         let total: u64 = given.iter().map(|(_, bytes)| bytes).sum();

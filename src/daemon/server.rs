@@ -126,6 +126,30 @@ impl Server {
         Ok(server)
     }
 
+    /// What all pools together may take now, and what is configured.
+    #[must_use]
+    pub fn budget(&self) -> (u64, u64) {
+        self.shelf.budget()
+    }
+
+    /// How many models there are.
+    #[must_use]
+    pub fn models_count(&self) -> usize {
+        self.shelf.models().len()
+    }
+
+    /// How many connections there are.
+    #[must_use]
+    pub fn sessions_count(&self) -> usize {
+        self.sessions.len()
+    }
+
+    /// The daemon in one object.
+    #[must_use]
+    pub fn snapshot(&self) -> crate::proto::snapshot::Snapshot {
+        answer::snapshot(self)
+    }
+
     fn watch(&self, fd: impl AsFd, token: u64) -> Result<()> {
         self.epoll
             .add(fd, EpollEvent::new(EpollFlags::EPOLLIN, token))
@@ -134,7 +158,11 @@ impl Server {
 
     /// Whether a descriptor is listened to. A hang-up is heard all the same.
     fn listen_to(&self, fd: impl AsFd, token: u64, on: bool) {
-        let flags = if on { EpollFlags::EPOLLIN } else { EpollFlags::empty() };
+        let flags = if on {
+            EpollFlags::EPOLLIN
+        } else {
+            EpollFlags::empty()
+        };
         let mut event = EpollEvent::new(flags, token);
         if let Err(errno) = self.epoll.modify(fd, &mut event) {
             log::error!("epoll: {errno}");
@@ -231,7 +259,10 @@ impl Server {
                     return;
                 }
                 Ok(Some((socket, peer))) => {
-                    let of_user = self.sessions.values().filter(|s| s.peer.uid() == peer.uid());
+                    let of_user = self
+                        .sessions
+                        .values()
+                        .filter(|s| s.peer.uid() == peer.uid());
                     let refusal = if !admits(&peer, &self.settings) {
                         let context = format!("user {} may not use this daemon", peer.uid());
                         Some(Error::new(ErrorKind::Permission, context))

@@ -29,6 +29,8 @@ pub struct Settings {
     pub users: Vec<u32>,
     /// Groups (primary, as SO_PEERCRED tells) that may connect.
     pub groups: Vec<u32>,
+    /// Users that may change things (budget, load, unload, pin), besides root and the daemon's own.
+    pub admins: Vec<u32>,
     /// Most connections at a time.
     pub connections_max: usize,
     /// Most connections of one user at a time.
@@ -63,6 +65,7 @@ impl Default for Settings {
             lease_timeout: Duration::from_secs(30),
             users: Vec::new(),
             groups: Vec::new(),
+            admins: Vec::new(),
             connections_max: 1024,
             connections_per_user_max: 256,
             models_max: 32,

@@ -94,11 +94,13 @@ impl Shelf {
         let path = std::fs::canonicalize(name).ok();
         let list = self.list();
         let found = list.iter().find(|model| {
-            Some(model.id) == id || path.as_deref() == Some(&*model.path) || Path::new(name) == model.path
+            Some(model.id) == id
+                || path.as_deref() == Some(&*model.path)
+                || Path::new(name) == model.path
         });
-        found.cloned().ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, format!("no model '{name}' is loaded"))
-        })
+        found
+            .cloned()
+            .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no model '{name}' is loaded")))
     }
 
     /// The loaded model at `path`, if it may be opened and is loaded.
@@ -123,12 +125,17 @@ impl Shelf {
         let forbidden = || {
             Error::new(
                 ErrorKind::Permission,
-                format!("{path}: no model in a directory that flead may open models from (models = ... in flead.toml, --models)"),
+                format!(
+                    "{path}: no model in a directory that flead may open models from (models = ... in flead.toml, --models)"
+                ),
             )
         };
         let resolved = std::fs::canonicalize(path).map_err(|error| {
             // Inside an allowed directory a client may know that a file is missing.
-            let inside = settings.models.iter().any(|dir| Path::new(path).starts_with(dir));
+            let inside = settings
+                .models
+                .iter()
+                .any(|dir| Path::new(path).starts_with(dir));
             let plain = !path.split('/').any(|part| part == "..");
             if inside && plain {
                 Error::from_io(&error, path)
@@ -152,7 +159,11 @@ impl Shelf {
     /// others.
     pub fn load(&self, path: &str, pin: bool, revoke: &dyn Fn(Vec<u64>)) -> Result<Arc<Hosted>> {
         let resolved = self.resolve(path)?;
-        let there = self.list().iter().find(|model| model.path == resolved).cloned();
+        let there = self
+            .list()
+            .iter()
+            .find(|model| model.path == resolved)
+            .cloned();
         let model = match there {
             Some(model) => model,
             None => self.open(resolved, revoke)?,
@@ -166,7 +177,10 @@ impl Shelf {
     fn open(&self, path: PathBuf, revoke: &dyn Fn(Vec<u64>)) -> Result<Arc<Hosted>> {
         let settings = self.settings();
         if self.list().len() >= settings.models_max {
-            let context = format!("{} models are loaded, as many as may be", settings.models_max);
+            let context = format!(
+                "{} models are loaded, as many as may be",
+                settings.models_max
+            );
             return Err(Error::new(ErrorKind::Refused, context));
         }
         let parts = read_catalog(&path)?;
@@ -209,9 +223,8 @@ impl Shelf {
             let idle = models.iter().filter(|model| {
                 model.clients_count() == 0 && !model.pinned.load(Ordering::Relaxed)
             });
-            let last_used = |model: &&Arc<Hosted>| {
-                *model.used.lock().unwrap_or_else(PoisonError::into_inner)
-            };
+            let last_used =
+                |model: &&Arc<Hosted>| *model.used.lock().unwrap_or_else(PoisonError::into_inner);
             let Some(victim) = idle.min_by_key(last_used) else {
                 return Err(too_small(budget_bytes, needed, more_bytes));
             };
@@ -244,7 +257,12 @@ impl Shelf {
     ///
     /// # Errors
     /// `Refused` when the smallest plans of the models that are in use do not fit, or the machine has not got that much.
-    pub fn set_budget(&self, bytes: u64, configured: bool, revoke: &dyn Fn(Vec<u64>)) -> Result<()> {
+    pub fn set_budget(
+        &self,
+        bytes: u64,
+        configured: bool,
+        revoke: &dyn Fn(Vec<u64>),
+    ) -> Result<()> {
         let (before_bytes, _) = self.budget();
         if bytes > before_bytes {
             let wanted = Settings {

@@ -115,7 +115,10 @@ impl Worker {
         let sent = self.jobs.as_ref().map(|jobs| jobs.send((session, job)));
         match sent {
             Some(Ok(())) => Ok(()),
-            _ => Err(Error::new(ErrorKind::Internal, "the worker's thread is gone")),
+            _ => Err(Error::new(
+                ErrorKind::Internal,
+                "the worker's thread is gone",
+            )),
         }
     }
 
@@ -129,7 +132,11 @@ impl Worker {
     #[must_use]
     pub fn news(&self) -> Vec<News> {
         let _ = self.news.event.read();
-        let mut items = self.news.items.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut items = self
+            .news
+            .items
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         std::mem::take(&mut *items)
     }
 
@@ -143,7 +150,11 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         self.jobs = None;
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+        if self
+            .thread
+            .take()
+            .is_some_and(|thread| thread.join().is_err())
+        {
             log::error!("the worker's thread had panicked");
         }
     }
@@ -163,11 +174,7 @@ fn work(shelf: &Shelf, jobs: &Receiver<(Option<u64>, Job)>, mailbox: &Mailbox) {
     }
 }
 
-fn carry_out(
-    shelf: &Shelf,
-    job: &Job,
-    revoke: &dyn Fn(Vec<u64>),
-) -> Result<Option<Arc<Hosted>>> {
+fn carry_out(shelf: &Shelf, job: &Job, revoke: &dyn Fn(Vec<u64>)) -> Result<Option<Arc<Hosted>>> {
     match job {
         Job::Load { path, pin, .. } => shelf.load(path, *pin, revoke).map(Some),
         Job::Unload(model) => shelf.unload(model, revoke).map(|()| None),

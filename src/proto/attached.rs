@@ -141,7 +141,11 @@ impl Attached {
             windows: Arc::new(Windows::reserve(&lens)?),
             spans: Spans::new(&catalog),
             mapped: catalog.layers.iter().map(|_| AtomicU32::new(0)).collect(),
-            wished: catalog.layers.iter().map(|_| AtomicBool::new(false)).collect(),
+            wished: catalog
+                .layers
+                .iter()
+                .map(|_| AtomicBool::new(false))
+                .collect(),
             catalog,
             area,
             page,

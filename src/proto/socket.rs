@@ -91,10 +91,11 @@ impl Socket {
     /// What accept says: too many open files, above all.
     pub fn accept(listener: BorrowedFd<'_>) -> Result<Option<Self>> {
         match accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
-            // SAFETY: accept has just made this descriptor for us, and nobody else knows it.
-            Ok(raw) => Ok(Some(Self {
-                fd: unsafe { OwnedFd::from_raw_fd(raw) },
-            })),
+            Ok(raw) => {
+                // SAFETY: accept has just made this descriptor for us, and nobody else knows it.
+                let fd = unsafe { OwnedFd::from_raw_fd(raw) };
+                Ok(Some(Self { fd }))
+            }
             Err(Errno::EAGAIN | Errno::ECONNABORTED | Errno::EINTR) => Ok(None),
             Err(errno) => Err(Error::os(errno as i32, "accept a connection")),
         }
