@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::answer::snapshot;
 use super::config::{self, Changes, Loaded, Overrides};
 use super::metrics::{self, Responder};
 use super::notify::Notifier;
@@ -88,12 +87,18 @@ impl Service {
 
     fn publish(&mut self, server: &Server) {
         let now = Instant::now();
-        let due = self.published.is_none_or(|(at, _)| now.duration_since(at) >= PUBLISH);
+        let due = self
+            .published
+            .is_none_or(|(at, _)| now.duration_since(at) >= PUBLISH);
         if !due {
             return;
         }
-        let picture = snapshot(server);
-        let read_bytes: u64 = picture.models.iter().map(|model| model.bytes_read_total).sum();
+        let picture = server.snapshot();
+        let read_bytes: u64 = picture
+            .models
+            .iter()
+            .map(|model| model.bytes_read_total)
+            .sum();
         let rate = self.published.map_or(0.0, |(at, before_bytes)| {
             read_bytes.saturating_sub(before_bytes) as f64 / now.duration_since(at).as_secs_f64()
         });
@@ -129,7 +134,7 @@ impl Surroundings for Service {
     fn ready(&mut self, server: &Server) {
         let (_, configured_bytes) = server.shelf.budget();
         self.watch = Watch::open(&self.loaded.config.pressure, configured_bytes);
-        let picture = snapshot(server);
+        let picture = server.snapshot();
         self.notifier.ready(&status(&picture, 0.0));
         self.publish(server);
     }
@@ -195,7 +200,10 @@ impl Watch {
         for missing in sources.missing() {
             log::info!("memory pressure: {missing}");
         }
-        let watched: Vec<String> = sources.watched().map(|path| path.display().to_string()).collect();
+        let watched: Vec<String> = sources
+            .watched()
+            .map(|path| path.display().to_string())
+            .collect();
         let told = Pressure {
             source: watched.join(", "),
             state: super::pressure::State::Calm.name().to_owned(),
@@ -261,7 +269,11 @@ impl Watch {
         if let Some(decision) = decision {
             let smaller = target_bytes < budget_bytes;
             let word = if smaller { "smaller" } else { "larger" };
-            log::warn!("the budget becomes {word}, {}: {}", HumanBytes(target_bytes), decision.reason);
+            log::warn!(
+                "the budget becomes {word}, {}: {}",
+                HumanBytes(target_bytes),
+                decision.reason
+            );
             self.told.shrinks_total += u64::from(smaller);
             self.told.grows_total += u64::from(!smaller);
             self.told.reason = decision.reason;
@@ -286,7 +298,11 @@ impl Watch {
             .sources
             .descriptors()
             .map(|(fd, readable)| {
-                let flags = if readable { PollFlags::POLLIN } else { PollFlags::POLLPRI };
+                let flags = if readable {
+                    PollFlags::POLLIN
+                } else {
+                    PollFlags::POLLPRI
+                };
                 PollFd::new(fd, flags)
             })
             .collect();

@@ -210,7 +210,7 @@ fn limits(limits: &Limits) -> Option<Mistake> {
     within("limits.clients", limits.clients.into(), 1, 10_000)
         .or_else(|| within("limits.clients_per_user", per_user, 1, 10_000))
         .or_else(|| within("limits.models", limits.models.into(), 1, 1000))
-        .or_else(|| within("limits.leases", limits.leases.into(), 1, 10_000))
+        .or_else(|| within("limits.leases", limits.leases.into(), 1, 65_536))
         .or_else(|| {
             within(
                 "limits.packet_bytes",

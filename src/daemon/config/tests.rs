@@ -299,7 +299,11 @@ fn the_sample_shows_every_key_and_its_default() {
         .collect();
     let mut loaded = file(&switched_on.join("\n")).unwrap();
     for key in keys() {
-        assert_ne!(loaded.origin(&key), Origin::Default, "{key} is not in the sample");
+        assert_ne!(
+            loaded.origin(&key),
+            Origin::Default,
+            "{key} is not in the sample"
+        );
     }
     // These two have no default to show.
     loaded.config.preload.clear();
@@ -313,8 +317,7 @@ fn the_manual_page_has_every_key() {
     for key in keys() {
         let name = key.rsplit('.').next().unwrap();
         let said = page.lines().any(|line| {
-            line.starts_with(".BR")
-                && line.split([' ', ',', '"']).any(|word| word == name)
+            line.starts_with(".BR") && line.split([' ', ',', '"']).any(|word| word == name)
         });
         assert!(said, "{key} is missing in docs/flead.toml.5");
     }
