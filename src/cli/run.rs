@@ -21,6 +21,7 @@ use crate::host::{
     Chat, End, Figures, Generation, KvType, SampleOptions, Sampler, Session, SessionOptions, Step,
     StreamOptions, Token, process,
 };
+use crate::proto::SOCKET_DEFAULT;
 use crate::units::{GIB, MemorySpec};
 
 mod logits;
@@ -124,6 +125,16 @@ pub struct Args {
     /// llama.cpp's CPU backend alone: weights mapped by llama.cpp, no budget
     #[arg(long)]
     no_stream: bool,
+
+    /// Stream from flead, which listens on this socket; memory and reader are then the daemon's
+    #[arg(
+        long,
+        value_name = "SOCKET",
+        num_args = 0..=1,
+        default_missing_value = SOCKET_DEFAULT,
+        conflicts_with_all = ["no_stream", "slots", "page_bytes", "request_bytes", "depth"]
+    )]
+    daemon: Option<PathBuf>,
 
     #[command(flatten)]
     streaming: StreamingArgs,
@@ -337,7 +348,14 @@ fn session_options(args: &Args) -> SessionOptions {
         path: args.model.clone(),
         stream: (!args.no_stream).then(|| StreamOptions {
             memory: args.memory.clone(),
-            backing: streaming.backing,
+            endpoint: args
+                .daemon
+                .as_ref()
+                .map(|socket| format!("unix:{}", socket.display())),
+            backing: match args.daemon {
+                None => streaming.backing,
+                Some(_) => types::FLEA_BACKING_SHARED,
+            },
             reader: streaming.reader,
             slots_count: streaming.slots.unwrap_or(0),
             page_bytes: streaming.page_bytes.unwrap_or(0),

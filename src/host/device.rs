@@ -35,6 +35,8 @@ unsafe extern "C" {
 pub struct StreamOptions {
     /// Memory for everything the process holds, as in `FLEA_MEMORY`; `None` = automatic.
     pub memory: Option<String>,
+    /// The daemon to stream from, `unix:PATH`; `None` = in this process. Everything else is then the daemon's.
+    pub endpoint: Option<String>,
     /// FLEA_BACKING_*.
     pub backing: u32,
     /// FLEA_READER_*.
@@ -108,6 +110,12 @@ impl Streamed {
             .map(CString::new)
             .transpose()
             .map_err(nul)?;
+        let endpoint = options
+            .endpoint
+            .clone()
+            .map(CString::new)
+            .transpose()
+            .map_err(nul)?;
         // SAFETY: all-zero is a valid flea_open_options: the defaults (include/flea.h).
         let mut raw: flea_open_options = unsafe { std::mem::zeroed() };
         raw.struct_size = size_of::<flea_open_options>() as u32;
@@ -119,6 +127,9 @@ impl Streamed {
         raw.depth = options.depth;
         raw.flags = types::FLEA_OPEN_DEFER_PLAN;
         raw.memory = memory
+            .as_ref()
+            .map_or(std::ptr::null(), |text| text.as_ptr());
+        raw.endpoint = endpoint
             .as_ref()
             .map_or(std::ptr::null(), |text| text.as_ptr());
         // SAFETY: the pointer is valid for the life of the program (ggml-flea.h).
