@@ -22,9 +22,6 @@ fn main() -> ExitCode {
         Ok(flead) => flead,
         Err(error) => return cli::usage(&error, false),
     };
-    cli::start_logging(flead.verbose);
-    cli::finish(
-        flead::command(&flead.args).map(|()| ExitCode::SUCCESS),
-        false,
-    )
+    let result = flead::command(&flead.args, flead.verbose);
+    cli::finish(result.map(|()| ExitCode::SUCCESS), false)
 }

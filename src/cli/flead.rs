@@ -1,13 +1,11 @@
-//! `flead`: from the command line, the environment and a file to a daemon that serves; and what surrounds it: the
-//! service manager, SIGHUP.
+//! `flead`: from the command line, the environment and a file to a daemon that serves.
 
 use std::path::PathBuf;
 
 use crate::daemon::config::{self, Overrides};
-use crate::daemon::notify::{self, Notifier};
-use crate::daemon::{Listener, Server, Settings, Surroundings};
+use crate::daemon::service::Service;
+use crate::daemon::{Listener, Server, notify};
 use crate::error::Result;
-use crate::units::HumanBytes;
 
 /// Shown below `flead --help`.
 pub const EXAMPLES: &str = "\
@@ -24,7 +22,7 @@ those over the file.";
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The file to read [default: /etc/flea/flead.toml, where there is one]
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", env = "FLEA_CONFIG")]
     config: Option<PathBuf>,
 
     /// Where to listen [default: /run/flea/flea.sock]
@@ -38,6 +36,29 @@ pub struct Args {
     /// A directory that models may be opened from; may be given more than once
     #[arg(long, value_name = "DIR")]
     models: Vec<PathBuf>,
+
+    /// What moves the weights: auto, io_uring or pread
+    #[arg(long, value_name = "WHICH")]
+    reader: Option<String>,
+
+    /// A loopback address at which Prometheus may fetch /metrics [default: off]
+    #[arg(long, value_name = "ADDRESS")]
+    metrics_listen: Option<String>,
+
+    /// Any other key of flead.toml, such as limits.clients=16; may be given more than once
+    #[arg(long, value_name = "KEY=VALUE", value_parser = setting)]
+    set: Vec<(String, String)>,
+}
+
+fn setting(text: &str) -> std::result::Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("write KEY=VALUE")?;
+    let key = key.trim();
+    if config::keys().iter().any(|known| known == key) {
+        return Ok((key.to_owned(), value.trim().to_owned()));
+    }
+    Err(format!(
+        "'{key}' is no key of flead.toml; `flea-ctl config show` lists them"
+    ))
 }
 
 impl Args {
@@ -53,8 +74,18 @@ impl Args {
         if let Some(socket) = &self.socket {
             overrides.flag("socket", "--socket", absolute(socket));
         }
-        if let Some(memory) = &self.memory {
-            overrides.flag("memory", "--memory", memory.clone());
+        let plain = [
+            ("memory", "--memory", &self.memory),
+            ("reader", "--reader", &self.reader),
+            ("metrics_listen", "--metrics-listen", &self.metrics_listen),
+        ];
+        for (key, name, value) in plain {
+            if let Some(value) = value {
+                overrides.flag(key, name, value.clone());
+            }
+        }
+        for (key, value) in &self.set {
+            overrides.flag(key, "--set", value.clone());
         }
         if !self.models.is_empty() {
             let all: Vec<String> = self.models.iter().map(absolute).collect();
@@ -62,90 +93,24 @@ impl Args {
         }
         overrides
     }
-
-    fn load(&self) -> Result<config::Loaded> {
-        config::load(self.config.as_deref(), &self.overrides())
-    }
 }
 
 /// Serves until a signal ends it.
 ///
 /// # Errors
 /// What is wrong with the configuration or the socket; a model to preload that cannot be opened.
-pub fn command(args: &Args) -> Result<()> {
-    let loaded = args.load()?;
+pub fn command(args: &Args, verbose: u8) -> Result<()> {
+    let overrides = args.overrides();
+    let loaded = config::load(args.config.as_deref(), &overrides)?;
+    super::start_daemon_logging(&loaded.config.log, verbose);
+    super::warn_about_environment();
     let settings = loaded.settings()?;
     let listener = match notify::listener()? {
         Some(fd) => Listener::inherited(fd)?,
         None => Listener::bind(&settings)?,
     };
+    // The server first: it takes the signals for every thread that is started afterwards.
     let mut server = Server::new(settings, listener)?;
-    let mut around = Around {
-        args,
-        loaded,
-        notifier: Notifier::new(),
-    };
-    around.notifier.starting("opening models");
-    server.run(&mut around)
-}
-
-/// What surrounds the daemon.
-struct Around<'a> {
-    args: &'a Args,
-    loaded: config::Loaded,
-    notifier: Notifier,
-}
-
-impl Around<'_> {
-    fn status(server: &Server) -> String {
-        let (budget_bytes, _) = server.budget();
-        format!(
-            "{} models, {} connections, budget {}",
-            server.models_count(),
-            server.sessions_count(),
-            HumanBytes(budget_bytes)
-        )
-    }
-}
-
-impl Surroundings for Around<'_> {
-    fn ready(&mut self, server: &Server) {
-        self.notifier.ready(&Self::status(server));
-    }
-
-    fn tick(&mut self, server: &Server) -> Option<u64> {
-        self.notifier.alive();
-        self.notifier.status(&Self::status(server));
-        None
-    }
-
-    fn reload(&mut self, present: &Settings) -> Option<Settings> {
-        self.notifier.reloading();
-        let taken = self.args.load().and_then(|new| {
-            let mut new = new;
-            log::info!(
-                "{}",
-                config::Changes::between(&self.loaded.config, &new.config)
-            );
-            new.config = config::reloaded(&self.loaded.config, &new.config);
-            let settings = new.settings()?;
-            Ok((new, settings))
-        });
-        let answer = match taken {
-            Ok((loaded, settings)) => {
-                self.loaded = loaded;
-                (settings != *present).then_some(settings)
-            }
-            Err(error) => {
-                log::error!("not reloaded: {error}");
-                None
-            }
-        };
-        self.notifier.ready("reloaded");
-        answer
-    }
-
-    fn stopping(&mut self) {
-        self.notifier.stopping();
-    }
+    let mut service = Service::new(loaded, args.config.clone(), overrides)?;
+    server.run(&mut service)
 }

@@ -148,16 +148,37 @@ pub fn print_json(value: &impl Serialize) -> Result<()> {
 
 /// Log lines on stderr: warnings by default, more with `-v`, per module with `FLEA_LOG` (`info`, `flea::io=debug`).
 pub fn start_logging(verbose: u8) {
+    let filter = std::env::var("FLEA_LOG").unwrap_or_else(|_| "warn".to_owned());
+    start_logger(&filter, verbose, false);
+}
+
+/// Log lines of flead: `filter` comes from its configuration. For systemd's journal each begins with its priority.
+pub fn start_daemon_logging(filter: &str, verbose: u8) {
+    let for_journal = std::env::var_os("JOURNAL_STREAM").is_some();
+    start_logger(filter, verbose, for_journal);
+}
+
+fn start_logger(filter: &str, verbose: u8, for_journal: bool) {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(log::LevelFilter::Warn);
-    builder.parse_env(env_logger::Env::new().filter("FLEA_LOG"));
+    builder.parse_filters(filter);
     match verbose {
         0 => {}
         1 => drop(builder.filter_module("flea", log::LevelFilter::Info)),
         2 => drop(builder.filter_module("flea", log::LevelFilter::Debug)),
         _ => drop(builder.filter_module("flea", log::LevelFilter::Trace)),
     }
-    builder.format(|out, record| {
+    builder.format(move |out, record| {
+        if for_journal {
+            // sd-daemon(3): the journal takes the priority off again.
+            let priority = match record.level() {
+                log::Level::Error => 3,
+                log::Level::Warn => 4,
+                log::Level::Info => 6,
+                log::Level::Debug | log::Level::Trace => 7,
+            };
+            return writeln!(out, "<{priority}>{}", record.args());
+        }
         let level = match record.level() {
             log::Level::Error => "error",
             log::Level::Warn => "warning",

@@ -157,7 +157,7 @@ impl Default for Limits {
             clients: 1024,
             clients_per_user: 256,
             models: 32,
-            leases: 64,
+            leases: 4096,
             packet_bytes: PACKET_BYTES_MAX as u64,
             requests_per_second: 1000,
             lease_timeout_ns: 30_000_000_000,

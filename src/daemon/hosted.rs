@@ -9,7 +9,7 @@ use super::settings::Settings;
 use crate::engine::board::{self, Board};
 use crate::engine::serve::Failure;
 use crate::engine::share::{Group, Member};
-use crate::engine::{BudgetSpec, Model, OpenOptions, Shared, Stats};
+use crate::engine::{BudgetSpec, FallbackKind, Model, OpenOptions, Shared, Stats};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{ReaderOptions, ShardFile};
 use crate::mem::Backing;
@@ -78,6 +78,8 @@ pub struct Hosted {
     files: Arc<[ShardFile]>,
     options: PlanOptions,
     reader: ReaderOptions,
+    numa: bool,
+    require_huge_pages: bool,
     member: Arc<Member>,
     inner: Mutex<Inner>,
 }
@@ -123,8 +125,12 @@ impl Hosted {
             options,
             reader: ReaderOptions {
                 kind: settings.reader,
+                depth: settings.depth,
+                request_bytes: settings.request_bytes,
                 ..ReaderOptions::default()
             },
+            numa: settings.numa,
+            require_huge_pages: settings.require_huge_pages,
             member: group.join(weight),
             inner: Mutex::new(Inner {
                 model: None,
@@ -300,6 +306,7 @@ impl Hosted {
             reader: self.reader.clone(),
             slots_count: self.options.slots_count,
             page_bytes: Some(self.options.page_bytes),
+            numa: self.numa,
             shared: Shared {
                 board: Some(Arc::clone(&self.board)),
                 share: Some(Arc::clone(&self.member)),
@@ -307,6 +314,7 @@ impl Hosted {
             ..OpenOptions::default()
         };
         let model = Model::again(Arc::clone(&self.catalog), Arc::clone(&self.files), options)?;
+        self.check_pages(&model)?;
         let (mut figures, runs) = describe(&model)?;
         let generation = self.board.generation().wrapping_add(1).max(1);
         figures.generation = generation;
@@ -322,6 +330,25 @@ impl Hosted {
         }
         self.board.set_gate(board::GATE_OPEN);
         Ok(())
+    }
+
+    /// Small pages where the settings ask for huge ones are an error, not a slower pool.
+    fn check_pages(&self, model: &Model) -> Result<()> {
+        let fallbacks = model.stats().fallbacks;
+        let small = fallbacks
+            .iter()
+            .find(|f| f.kind == FallbackKind::SmallPages);
+        match small {
+            Some(small) if self.require_huge_pages => Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "{}: huge_pages = \"require\", but {}; set vm.nr_hugepages or vm.nr_overcommit_hugepages",
+                    self.path.display(),
+                    small.reason
+                ),
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Ends the model: its clients' next calls say so.

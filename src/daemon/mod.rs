@@ -13,6 +13,7 @@ pub mod metrics;
 pub mod notify;
 pub mod pressure;
 mod server;
+pub mod service;
 mod session;
 pub mod settings;
 mod shelf;

@@ -12,10 +12,6 @@ use sd_notify::NotifyState;
 use crate::error::{Error, ErrorKind, Result};
 use crate::proto::inherited_listener;
 
-/// How far a start's time limit is pushed out each time.
-const EXTENSION: Duration = Duration::from_secs(30);
-/// How often it is pushed out at most.
-const EXTEND_EVERY: Duration = Duration::from_secs(5);
 /// How often STATUS changes at most.
 const STATUS_EVERY: Duration = Duration::from_secs(1);
 
@@ -25,7 +21,6 @@ pub struct Notifier {
     /// Feed the watchdog this often: half of what the unit asks for.
     watchdog: Option<Duration>,
     fed: Option<Instant>,
-    extended: Option<Instant>,
     status: Option<(Instant, String)>,
     failed: bool,
 }
@@ -47,7 +42,6 @@ impl Notifier {
         Self {
             watchdog: interval.map(|interval| interval / 2),
             fed: None,
-            extended: None,
             status: None,
             failed: false,
         }
@@ -59,18 +53,13 @@ impl Notifier {
         self.watchdog
     }
 
-    /// Still starting: pools are being filled. Call it often; it speaks now and then.
-    pub fn starting(&mut self, status: &str) {
-        let now = Instant::now();
-        if due(self.extended, now, EXTEND_EVERY) {
-            self.extended = Some(now);
-            let micros = u32::try_from(EXTENSION.as_micros()).unwrap_or(u32::MAX);
-            self.send(&[
-                NotifyState::ExtendTimeoutUsec(micros),
-                NotifyState::Status(status),
-            ]);
-        }
-        self.alive();
+    /// Still starting: what is done now may take this long.
+    pub fn starting(&mut self, status: &str, time: Duration) {
+        let micros = u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
+        self.send(&[
+            NotifyState::ExtendTimeoutUsec(micros),
+            NotifyState::Status(status),
+        ]);
     }
 
     /// The pools are pinned and the socket answers.

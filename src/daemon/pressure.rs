@@ -18,7 +18,7 @@ mod sources;
 mod tests;
 
 pub use policy::{Bounds, Decision, Policy, Reading, State};
-pub use sources::{Sources, Stall};
+pub use sources::{Sources, Stall, some_avg10};
 
 /// The section `[pressure]` of flead.toml.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -40,6 +40,8 @@ const FIRST_SESSION: u64 = 8;
 
 /// What surrounds the reactor: service manager, memory pressure, the configuration file.
 pub trait Surroundings {
+    /// About to do something that may take as long as reading `bytes`, before clients are served.
+    fn starting(&mut self, _what: &str, _bytes: u64) {}
     /// Clients are served from now on.
     fn ready(&mut self, _server: &Server) {}
     /// Called every [`TICK`]. A budget in bytes is put in force, as a measure and not for good.
@@ -176,6 +178,7 @@ impl Server {
     pub fn run(&mut self, surroundings: &mut dyn Surroundings) -> Result<()> {
         for path in self.settings.preload.clone() {
             let path = path.display().to_string();
+            surroundings.starting(&format!("opening {path}"), self.budget().0);
             self.shelf.load(&path, true, &|_| {})?;
         }
         self.since = Instant::now();
@@ -320,6 +323,10 @@ impl Server {
                     return Err(error);
                 }
             };
+            if packet.bytes.len() > self.settings.packet_bytes_max {
+                self.refused_total += 1;
+                return Err(Error::new(ErrorKind::Invalid, "a packet that is too long"));
+            }
             let Some(session) = self.sessions.get_mut(&id) else {
                 return Ok(());
             };
@@ -510,7 +517,7 @@ impl Server {
         if let Some(attached) = &mut session.attached {
             attached.kicks = 0;
             kicks_woken = std::mem::take(&mut attached.paused);
-            attached.excess_ticks = match holds_too_much(id, attached) {
+            attached.excess_ticks = match holds_too_much(id, attached, self.settings.leases_max) {
                 true => attached.excess_ticks + 1,
                 false => 0,
             };
@@ -529,9 +536,12 @@ impl Server {
     }
 }
 
-fn holds_too_much(id: u64, attached: &super::session::Attachment) -> bool {
+fn holds_too_much(id: u64, attached: &super::session::Attachment, leases_max: u32) -> bool {
     let model = &attached.model;
     let leases = model.board.leases(id);
+    if leases.len() > leases_max as usize {
+        return true;
+    }
     let most = model.holds_max();
     if leases.len() <= most as usize {
         return false;

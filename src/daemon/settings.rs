@@ -21,6 +21,14 @@ pub struct Settings {
     pub slots_count: u32,
     /// What moves the weights.
     pub reader: ReaderKind,
+    /// Requests in flight, and the length of one; 0 = automatic.
+    pub depth: u32,
+    /// See `depth`.
+    pub request_bytes: u32,
+    /// Bind pools and reader threads to the drive's NUMA node.
+    pub numa: bool,
+    /// Refuse pools that do not get 2 MiB pages.
+    pub require_huge_pages: bool,
     /// Page size; `None` chooses by the size of the layers.
     pub page_bytes: Option<u64>,
     /// A lease that others wait for is taken back after this long.
@@ -37,6 +45,10 @@ pub struct Settings {
     pub connections_per_user_max: usize,
     /// Most models loaded at a time.
     pub models_max: usize,
+    /// Most layers a client may hold at a time.
+    pub leases_max: u32,
+    /// Longest packet that is read.
+    pub packet_bytes_max: usize,
     /// Requests a connection may make per second, on average.
     pub requests_per_second: u32,
     /// Share of memory and drive of a model against others: by path; 100 where nothing is said.
@@ -61,6 +73,10 @@ impl Default for Settings {
             memory: MemorySpec::Auto,
             slots_count: 4,
             reader: ReaderKind::Auto,
+            depth: 0,
+            request_bytes: 0,
+            numa: true,
+            require_huge_pages: false,
             page_bytes: None,
             lease_timeout: Duration::from_secs(30),
             users: Vec::new(),
@@ -69,6 +85,8 @@ impl Default for Settings {
             connections_max: 1024,
             connections_per_user_max: 256,
             models_max: 32,
+            leases_max: 4096,
+            packet_bytes_max: crate::proto::PACKET_BYTES_MAX,
             requests_per_second: 1000,
             weights: Vec::new(),
             preload: Vec::new(),

@@ -48,6 +48,8 @@ pub struct OpenOptions {
     pub slots_count: u32,
     /// Page size; `None` chooses by the size of the layers.
     pub page_bytes: Option<u64>,
+    /// Bind memory and the reader's thread to the drive's NUMA node.
+    pub numa: bool,
     /// Bytes the host has reserved but not touched yet; read once, when the plan is made.
     pub host_pending_bytes: Arc<AtomicU64>,
     /// For a model in the daemon: its clients, and its part of the drive.
@@ -63,6 +65,7 @@ impl Default for OpenOptions {
             reader: ReaderOptions::default(),
             slots_count: plan::SLOTS_DEFAULT,
             page_bytes: None,
+            numa: true,
             host_pending_bytes: Arc::default(),
             shared: Shared::default(),
         }
@@ -389,7 +392,11 @@ impl Model {
             budget.total_bytes,
             budget.host_bytes
         );
-        let (binding, not_bound) = placement::of_drive(&self.files[0]);
+        let (binding, not_bound) = if self.options.numa {
+            placement::of_drive(&self.files[0])
+        } else {
+            (None, None)
+        };
         let pool_options = PoolOptions {
             binding: binding.clone(),
             cancel: None,

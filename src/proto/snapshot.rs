@@ -49,6 +49,15 @@ pub struct Pressure {
     pub shrinks_total: u64,
     /// Times it was given back.
     pub grows_total: u64,
+    /// `calm`, `shrunk`, or `exhausted`: as small as the models in use allow, and memory is still short.
+    #[serde(default)]
+    pub state: String,
+    /// What can still be had without the OOM killer.
+    #[serde(default)]
+    pub available_bytes: u64,
+    /// Why the budget was changed last.
+    #[serde(default)]
+    pub reason: String,
 }
 
 /// One model in the daemon.

@@ -17,22 +17,27 @@ if [[ "${2:-}" != inside ]]; then
   cgroup=$hierarchy/flea-test-$$
   mkdir "$cgroup"
   clean_up() {
-    # The namespace's processes have died with its PID 1; their cgroups go leaf first.
-    find "$cgroup" -depth -type d -exec rmdir {} + 2>/dev/null || true
+    # Everything in there dies with PID 1, but takes a moment; the cgroups go leaf first.
+    for _ in $(seq 50); do
+      find "$cgroup" -depth -type d -exec rmdir {} + 2>/dev/null && break
+      sleep 0.1
+    done
   }
   trap clean_up EXIT
   echo $$ >"$cgroup/cgroup.procs"
-  unshare --pid --fork --kill-child --mount --propagation private --mount-proc --uts --ipc --net --cgroup "$0" "$stage" inside &
+  # Whatever ends this script ends PID 1 and with it everything below.
+  setpriv --pdeathsig KILL unshare --pid --fork --kill-child --mount --propagation private --mount-proc --uts --ipc --net --cgroup "$0" "$stage" inside &
   main=$!
   echo $$ >"$hierarchy/cgroup.procs"
   status=0
-  # The namespaces are entered through the child of unshare: PID 1 in there.
+  # PID 1 in there is the child of unshare.
   for _ in $(seq 100); do
     init=$(pgrep -P "$main" || true)
     [[ -n "$init" && -S /proc/$init/root/run/systemd/private ]] && break
+    kill -0 "$main" 2>/dev/null || { echo 'the namespaces could not be made' >&2; exit 77; }
     sleep 0.1
   done
-  nsenter -t "$init" -m -p -u -i -n -C bash "$units/../tests/systemd/promises.sh" || status=$?
+  nsenter -t "$init" -m -p -u -i -n -C bash "$PWD/tests/systemd/promises.sh" || status=$?
   kill -KILL "$main" "$init" 2>/dev/null || true
   wait "$main" 2>/dev/null || true
   exit "$status"

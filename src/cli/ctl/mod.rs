@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::proto::message::{self, Method};
-use crate::proto::snapshot::{LeaseState, Snapshot};
+use crate::proto::snapshot::{ClientState, LeaseState, ModelState, Snapshot};
 use crate::proto::{Control, SOCKET_DEFAULT};
 use crate::units::HumanBytes;
 
@@ -147,9 +147,12 @@ pub fn status(options: &Options) -> Result<()> {
 /// # Errors
 /// As [`status`].
 pub fn models(options: &Options) -> Result<()> {
-    let answer = options.ask(Method::Status, &json!({}))?;
-    let models = json!({ "models": answer["models"] });
-    options.answer(&models, || Ok(show::models(&snapshot(&answer)?.models)))
+    let models = options.connect()?.list(Method::Models, "models")?;
+    let answer = json!({ "models": models });
+    options.answer(&answer, || {
+        let models: Vec<ModelState> = message::from_value(answer["models"].clone())?;
+        Ok(show::models(&models))
+    })
 }
 
 /// Runs `flea-ctl stats`.
@@ -157,8 +160,16 @@ pub fn models(options: &Options) -> Result<()> {
 /// # Errors
 /// As [`status`].
 pub fn stats(options: &Options) -> Result<()> {
-    let answer = options.ask(Method::Stats, &json!({}))?;
-    options.answer(&answer, || Ok(show::stats(&snapshot(&answer)?)))
+    let mut daemon = options.connect()?;
+    let models = daemon.list(Method::Stats, "models")?;
+    // As many clients as a packet has room for; they come with every page of the models.
+    let clients = daemon.call(Method::Stats, &json!({}))?["clients"].take();
+    let answer = json!({ "models": models, "clients": clients });
+    options.answer(&answer, || {
+        let models: Vec<ModelState> = message::from_value(answer["models"].clone())?;
+        let clients: Vec<ClientState> = message::from_value(answer["clients"].clone())?;
+        Ok(show::stats(&models, &clients))
+    })
 }
 
 /// Runs `flea-ctl load`.

@@ -70,13 +70,21 @@ fn budget(snapshot: &Snapshot) -> String {
 }
 
 fn pressure(snapshot: &Snapshot) -> String {
-    match &snapshot.pressure {
-        None => "not watched".to_owned(),
-        Some(pressure) => format!(
-            "{:.2} % of 10 s ({}), {} times smaller, {} times larger",
-            pressure.some_avg10, pressure.source, pressure.shrinks_total, pressure.grows_total
-        ),
+    let Some(pressure) = &snapshot.pressure else {
+        return "not watched".to_owned();
+    };
+    let mut text = format!(
+        "{}, {} available, tasks stalled {:.2} % of 10 s, {} times smaller, {} times larger",
+        pressure.state,
+        HumanBytes(pressure.available_bytes),
+        pressure.some_avg10,
+        pressure.shrinks_total,
+        pressure.grows_total
+    );
+    if !pressure.reason.is_empty() {
+        let _ = write!(text, "; last because {}", pressure.reason);
     }
+    text
 }
 
 /// `flea-ctl models`.
@@ -138,6 +146,7 @@ fn clients(clients: &[ClientState]) -> String {
         ("attached", Align::Right),
         ("leases", Align::Right),
         ("layer", Align::Right),
+        ("acquires", Align::Right),
         ("name", Align::Left),
     ]);
     for client in clients {
@@ -151,6 +160,7 @@ fn clients(clients: &[ClientState]) -> String {
             client
                 .layer
                 .map_or_else(|| "-".to_owned(), |layer| layer.to_string()),
+            client.acquires_total.to_string(),
             printable(&client.name),
         ]);
     }
@@ -158,9 +168,9 @@ fn clients(clients: &[ClientState]) -> String {
 }
 
 /// `flea-ctl stats`.
-pub(super) fn stats(snapshot: &Snapshot) -> String {
-    if snapshot.models.is_empty() {
-        return models(&snapshot.models);
+pub(super) fn stats(of_models: &[ModelState], of_clients: &[ClientState]) -> String {
+    if of_models.is_empty() {
+        return models(of_models);
     }
     let mut table = Table::new(&[
         ("model", Align::Right),
@@ -174,7 +184,7 @@ pub(super) fn stats(snapshot: &Snapshot) -> String {
         ("mispredicts", Align::Right),
         ("path", Align::Left),
     ]);
-    for model in &snapshot.models {
+    for model in of_models {
         table.row([
             model.id.to_string(),
             HumanBytes(model.bytes_read_total).to_string(),
@@ -192,7 +202,11 @@ pub(super) fn stats(snapshot: &Snapshot) -> String {
             model.path.clone(),
         ]);
     }
-    table.to_string()
+    let mut text = table.to_string();
+    if !of_clients.is_empty() {
+        let _ = write!(text, "\n{}", clients(of_clients));
+    }
+    text
 }
 
 /// `flea-ctl leases`.

@@ -9,8 +9,8 @@ use crate::proto::PACKET_BYTES_MAX;
 use crate::units::{GIB, HumanBytes, KIB, MIB, MemorySpec, PAGE_2M, PAGE_4K};
 
 /// Keys, and sections as a whole, that a running daemon takes over at SIGHUP. All others need a restart.
-pub const KEYS_LIVE: [&str; 9] = [
-    "memory", "models", "users", "groups", "admins", "log", "limits", "pressure", "weights",
+pub const KEYS_LIVE: [&str; 8] = [
+    "memory", "models", "users", "groups", "admins", "limits", "pressure", "weights",
 ];
 
 /// A Unix socket's address has room for this many bytes, the closing zero aside.
@@ -210,7 +210,7 @@ fn limits(limits: &Limits) -> Option<Mistake> {
     within("limits.clients", limits.clients.into(), 1, 10_000)
         .or_else(|| within("limits.clients_per_user", per_user, 1, 10_000))
         .or_else(|| within("limits.models", limits.models.into(), 1, 1000))
-        .or_else(|| within("limits.leases", limits.leases.into(), 1, 10_000))
+        .or_else(|| within("limits.leases", limits.leases.into(), 1, 65_536))
         .or_else(|| {
             within(
                 "limits.packet_bytes",

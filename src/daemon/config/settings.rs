@@ -3,7 +3,7 @@
 use nix::unistd::{Group, User};
 use std::time::Duration;
 
-use super::{Config, Loaded, Mistake, invalid};
+use super::{Config, HugePages, Loaded, Mistake, invalid};
 use crate::daemon::Settings;
 use crate::error::{Error, Result};
 
@@ -21,6 +21,7 @@ impl Loaded {
         let mut settings = plain(config);
         settings.users = users;
         settings.groups = groups;
+        settings.admins = self.users("admins", &config.admins)?;
         Ok(settings)
     }
 
@@ -93,11 +94,17 @@ fn plain(config: &Config) -> Settings {
             count => count as u32,
         },
         reader: config.reader,
+        depth: config.depth as u32,
+        request_bytes: config.request_bytes as u32,
+        numa: config.numa,
+        require_huge_pages: config.huge_pages == HugePages::Require,
         page_bytes: (config.page_bytes != 0).then_some(config.page_bytes),
         lease_timeout: Duration::from_nanos(config.limits.lease_timeout_ns),
         connections_max: config.limits.clients as usize,
         connections_per_user_max: config.limits.clients_per_user as usize,
         models_max: config.limits.models as usize,
+        leases_max: config.limits.leases,
+        packet_bytes_max: config.limits.packet_bytes as usize,
         requests_per_second: config.limits.requests_per_second,
         weights: config
             .weights

@@ -284,6 +284,45 @@ fn what_is_live_is_named_by_keys_that_exist() {
     }
 }
 
+/// The sample: as it is, and with every line of it switched on, it is the defaults.
+#[test]
+fn the_sample_shows_every_key_and_its_default() {
+    let sample = include_str!("../../../systemd/flead.toml");
+    assert_eq!(file(sample).unwrap().config, Config::default());
+    let is_setting = |line: &str| {
+        line.strip_prefix('#')
+            .is_some_and(|rest| rest.contains(" = ") && !rest.starts_with(' '))
+    };
+    let switched_on: Vec<&str> = sample
+        .lines()
+        .map(|line| if is_setting(line) { &line[1..] } else { line })
+        .collect();
+    let mut loaded = file(&switched_on.join("\n")).unwrap();
+    for key in keys() {
+        assert_ne!(
+            loaded.origin(&key),
+            Origin::Default,
+            "{key} is not in the sample"
+        );
+    }
+    // These two have no default to show.
+    loaded.config.preload.clear();
+    loaded.config.weights.clear();
+    assert_eq!(loaded.config, Config::default());
+}
+
+#[test]
+fn the_manual_page_has_every_key() {
+    let page = include_str!("../../../docs/flead.toml.5");
+    for key in keys() {
+        let name = key.rsplit('.').next().unwrap();
+        let said = page.lines().any(|line| {
+            line.starts_with(".BR") && line.split([' ', ',', '"']).any(|word| word == name)
+        });
+        assert!(said, "{key} is missing in docs/flead.toml.5");
+    }
+}
+
 fn any_config() -> impl Strategy<Value = Config> {
     let sizes = prop_oneof![Just(0u64), Just(4096), Just(2 * MIB)];
     let weights = proptest::collection::btree_map("[a-z./\"]{1,12}", 1u32..=10_000, 0..4);

@@ -209,7 +209,8 @@ fn reread(file: &mut File, path: &Path) -> Result<String> {
 }
 
 /// `some avg10=1.23 ...` of a PSI file, in percent.
-pub(super) fn some_avg10(text: &str) -> Option<f64> {
+#[must_use]
+pub fn some_avg10(text: &str) -> Option<f64> {
     let line = text.lines().find_map(|line| line.strip_prefix("some "))?;
     let field = line
         .split(' ')
