@@ -40,6 +40,9 @@ struct Inner {
     model: Option<Arc<Model>>,
     told: Option<Told>,
     state: &'static str,
+    /// Measured when the pool was made: it stays as it is.
+    huge_page_share: f64,
+    fallbacks: Vec<String>,
     /// Counters of the streams of earlier plans.
     before: Counters,
 }
@@ -136,6 +139,8 @@ impl Hosted {
                 model: None,
                 told: None,
                 state: "loading",
+                huge_page_share: 0.0,
+                fallbacks: Vec::new(),
                 before: Counters::default(),
             }),
         })
@@ -176,11 +181,15 @@ impl Hosted {
     /// The plan in force, for a client, with a descriptor of its pool.
     ///
     /// # Errors
-    /// `Again` while a new plan is being made.
+    /// `Again` while a new plan is being made, `Connection` when there will be none.
     pub fn plan(&self) -> Result<(Told, OwnedFd)> {
         let inner = self.inner();
         match (&inner.model, &inner.told) {
             (Some(model), Some(told)) => Ok((told.clone(), model.pool_fd()?)),
+            _ if inner.state == "failed" || inner.state == "unloaded" => Err(Error::new(
+                ErrorKind::Connection,
+                "the daemon has unloaded the model",
+            )),
             _ => Err(Error::new(
                 ErrorKind::Again,
                 "a new plan is being made; ask again",
@@ -293,7 +302,7 @@ impl Hosted {
             }
             std::thread::yield_now();
         };
-        let stats = model.stats();
+        let stats = model.counters();
         drop(model);
         self.inner().before.add(&stats);
         self.board.clear();
@@ -316,6 +325,7 @@ impl Hosted {
         let model = Model::again(Arc::clone(&self.catalog), Arc::clone(&self.files), options)?;
         self.check_pages(&model)?;
         let (mut figures, runs) = describe(&model)?;
+        let stats = model.stats();
         let generation = self.board.generation().wrapping_add(1).max(1);
         figures.generation = generation;
         self.board.set_generation(generation);
@@ -327,6 +337,12 @@ impl Hosted {
                 runs: Arc::new(runs),
             });
             inner.state = "ready";
+            inner.huge_page_share = stats.huge_page_share;
+            inner.fallbacks = stats
+                .fallbacks
+                .iter()
+                .map(|fallback| fallback.kind.name().to_owned())
+                .collect();
         }
         self.board.set_gate(board::GATE_OPEN);
         Ok(())
@@ -358,24 +374,22 @@ impl Hosted {
         self.take_down();
     }
 
-    /// Everything there is to say about it. `measure`: also what takes milliseconds.
+    /// Everything there is to say about it. Quick: the reactor asks.
     #[must_use]
     pub fn snapshot(&self) -> ModelState {
-        let (model, told, state, before) = {
+        let mut out = ModelState::default();
+        let (model, told, before) = {
             let inner = self.inner();
-            (
-                inner.model.clone(),
-                inner.told.clone(),
-                inner.state,
-                inner.before,
-            )
+            out.state = inner.state.to_owned();
+            out.huge_page_share = inner.huge_page_share;
+            out.fallbacks.clone_from(&inner.fallbacks);
+            (inner.model.clone(), inner.told.clone(), inner.before)
         };
         let figures = told.map(|told| told.figures).unwrap_or_default();
         let mut out = ModelState {
             id: self.id,
             path: self.path.display().to_string(),
             architecture: self.catalog.architecture.clone(),
-            state: state.to_owned(),
             pinned: self.pinned.load(Ordering::Relaxed),
             weight: self.weight(),
             clients: self.clients_count(),
@@ -390,20 +404,14 @@ impl Hosted {
             page_bytes: self.options.page_bytes,
             streamed_bytes_per_pass: figures.streamed_bytes_per_pass,
             acquires_total: self.board.acquires(),
-            ..ModelState::default()
+            ..out
         };
         before.tell(&mut out);
         if let Some(model) = model {
-            let stats = model.stats();
+            let stats = model.counters();
             out.pool_bytes = model.pool_held_bytes();
             out.reader = stats.reader.name().to_owned();
             out.direct_io = stats.direct_io;
-            out.huge_page_share = stats.huge_page_share;
-            out.fallbacks = stats
-                .fallbacks
-                .iter()
-                .map(|fallback| fallback.kind.name().to_owned())
-                .collect();
             out.mispredicts_total = stats.mispredicts;
             let mut all = before;
             all.add(&stats);

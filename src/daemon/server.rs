@@ -29,7 +29,7 @@ const HELLO: Duration = Duration::from_secs(5);
 /// Packets taken from one connection before the others have their turn.
 const PACKETS_PER_TURN: usize = 8;
 /// Kicks of one client in one tick; more are looked at in the next.
-const KICKS_PER_TICK: u32 = 5000;
+const KICKS_PER_TICK: u32 = 2000;
 /// A client that holds too much for so many ticks in a row is given up.
 const EXCESS_TICKS: u32 = 10;
 const LISTENER: u64 = 0;

@@ -12,6 +12,8 @@ use crate::engine::share::Group;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mem::limits;
 use crate::units::{HumanBytes, MemorySpec};
+use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,7 +26,8 @@ const WORTH_IT: u64 = 100;
 pub struct Shelf {
     models: Mutex<Vec<Arc<Hosted>>>,
     settings: Mutex<Settings>,
-    group: Arc<Group>,
+    /// Models on one drive share it: by device number.
+    drives: Mutex<HashMap<u64, Arc<Group>>>,
     next_id: AtomicU32,
     /// What is configured, and what holds now.
     configured_bytes: AtomicU64,
@@ -41,7 +44,7 @@ impl Shelf {
         Ok(Self {
             models: Mutex::default(),
             settings: Mutex::new(settings),
-            group: Arc::default(),
+            drives: Mutex::default(),
             next_id: AtomicU32::new(1),
             configured_bytes: AtomicU64::new(bytes),
             budget_bytes: AtomicU64::new(bytes),
@@ -165,7 +168,12 @@ impl Shelf {
             .find(|model| model.path == resolved)
             .cloned();
         let model = match there {
-            Some(model) => model,
+            Some(model) if model.budget_bytes() > 0 => model,
+            // Its last plan could not be had: it is opened anew.
+            Some(failed) => {
+                self.remove(&failed);
+                self.open(resolved, revoke)?
+            }
             None => self.open(resolved, revoke)?,
         };
         if pin {
@@ -195,7 +203,8 @@ impl Shelf {
         }
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let weight = weight_of(&path, &settings);
-        let model = Hosted::new(id, path, parts, &settings, &self.group, weight)?;
+        let group = self.drive_of(&path)?;
+        let model = Hosted::new(id, path, parts, &settings, &group, weight)?;
         self.make_room(model.smallest_bytes)?;
         let model = Arc::new(model);
         self.list().push(Arc::clone(&model));
@@ -209,6 +218,14 @@ impl Shelf {
             return Err(Error::new(ErrorKind::Internal, context));
         }
         Ok(model)
+    }
+
+    /// Who shares the drive of a model.
+    fn drive_of(&self, path: &Path) -> Result<Arc<Group>> {
+        let metadata =
+            std::fs::metadata(path).map_err(|error| Error::from_io(&error, path.display()))?;
+        let mut drives = self.drives.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(Arc::clone(drives.entry(metadata.dev()).or_default()))
     }
 
     /// Unloads models that nobody uses, longest unused first, until the smallest plans and `more_bytes` fit.

@@ -84,6 +84,12 @@ impl Leases {
         Ok(())
     }
 
+    /// True when nothing is held.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
     /// True when `thread` holds `layer`.
     #[must_use]
     pub fn holds(&self, layer: u32, thread: u64) -> bool {

@@ -276,9 +276,19 @@ impl Model {
         Ok(())
     }
 
-    /// Counters so far; all zero before the plan is made.
+    /// Counters so far; all zero before the plan is made. Measures the pool's pages, which takes milliseconds.
     #[must_use]
     pub fn stats(&self) -> Stats {
+        let mut stats = self.counters();
+        if let Some(running) = self.running.get() {
+            running.add_pages_to(&mut stats);
+        }
+        stats
+    }
+
+    /// [`Model::stats`] without what has to be measured: `huge_page_share` is 0 and fallbacks of memory are missing.
+    #[must_use]
+    pub fn counters(&self) -> Stats {
         let mut stats = Stats {
             reader: self.options.reader.kind,
             backing: self.options.backing,
@@ -536,6 +546,16 @@ impl Running {
             });
         }
         stats.fallbacks.extend(self.not_bound.clone());
+        let state = self.core.state();
+        stats.acquires = state.acquires;
+        stats.releases = state.releases;
+        stats.loads = state.loads;
+        stats.stalls = state.stalls;
+        stats.stall_ns = state.stall_ns;
+        stats.mispredicts = state.mispredicts();
+    }
+
+    fn add_pages_to(&self, stats: &mut Stats) {
         // Measured without the pool's lock: walking the page tables takes milliseconds that the stream has not.
         let probe = self.core.pool().probe();
         match probe.report() {
@@ -548,13 +568,6 @@ impl Running {
             }
             Err(error) => log::warn!("the pool's pages could not be measured: {error}"),
         }
-        let state = self.core.state();
-        stats.acquires = state.acquires;
-        stats.releases = state.releases;
-        stats.loads = state.loads;
-        stats.stalls = state.stalls;
-        stats.stall_ns = state.stall_ns;
-        stats.mispredicts = state.mispredicts();
     }
 }
 

@@ -223,6 +223,9 @@ impl ClientPlan {
             if begin > at {
                 break;
             }
+            if stop <= begin {
+                continue;
+            }
             let skip = (begin - run.page).saturating_mul(self.figures.page_bytes);
             let piece = PageRun {
                 shard_index: shard,
