@@ -8,7 +8,9 @@
 
 mod attached;
 mod control;
+mod fetch;
 mod inherit;
+mod lease;
 pub mod message;
 pub mod opened;
 pub mod plan;
