@@ -190,6 +190,13 @@ impl Config {
     }
 }
 
+/// As a file that means the same.
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.table())
+    }
+}
+
 /// Flattens tables to dotted keys.
 fn collect_leaves(prefix: &str, value: &Value, leaves: &mut Vec<(String, Value)>) {
     let Value::Table(table) = value else {

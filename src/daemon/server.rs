@@ -184,6 +184,7 @@ impl Server {
         self.since = Instant::now();
         log::info!("listening at {}", self.settings.socket.display());
         surroundings.ready(self);
+        self.pressure = surroundings.pressure();
         let mut events = [EpollEvent::empty(); 64];
         let mut ticked = Instant::now();
         loop {

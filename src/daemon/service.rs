@@ -230,7 +230,8 @@ impl Watch {
     fn look(&mut self, server: &Server) -> Option<u64> {
         let stalled = self.stalled();
         let due = self.looked.is_none_or(|at| at.elapsed() >= LOOK);
-        if !stalled && !due {
+        // While pools are being made, what they hold and what is free do not add up; and nothing could be done.
+        if server.worker.busy() || (!stalled && !due) {
             return None;
         }
         self.looked = Some(Instant::now());
@@ -268,10 +269,14 @@ impl Watch {
         self.issued = Some(Instant::now());
         if let Some(decision) = decision {
             let smaller = target_bytes < budget_bytes;
-            let word = if smaller { "smaller" } else { "larger" };
-            log::warn!(
-                "the budget becomes {word}, {}: {}",
-                HumanBytes(target_bytes),
+            let (level, word) = match smaller {
+                true => (log::Level::Warn, "smaller"),
+                false => (log::Level::Info, "larger"),
+            };
+            let size = HumanBytes(target_bytes);
+            log::log!(
+                level,
+                "the budget becomes {word}, {size}: {}",
                 decision.reason
             );
             self.told.shrinks_total += u64::from(smaller);

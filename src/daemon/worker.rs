@@ -9,6 +9,7 @@ use super::shelf::Shelf;
 use crate::error::{Error, ErrorKind, Result};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -63,6 +64,8 @@ pub enum News {
 pub struct Worker {
     jobs: Option<Sender<(Option<u64>, Job)>>,
     news: Arc<Mailbox>,
+    /// Jobs that were handed over and are not done.
+    pending: Arc<AtomicUsize>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -96,13 +99,16 @@ impl Worker {
         });
         let (jobs, receiver) = channel();
         let mailbox = Arc::clone(&news);
+        let pending = Arc::new(AtomicUsize::new(0));
+        let done = Arc::clone(&pending);
         let thread = std::thread::Builder::new()
             .name("flead-work".to_owned())
-            .spawn(move || work(&shelf, &receiver, &mailbox))
+            .spawn(move || work(&shelf, &receiver, &mailbox, &done))
             .map_err(|error| Error::from_io(&error, "start the worker's thread"))?;
         Ok(Self {
             jobs: Some(jobs),
             news,
+            pending,
             thread: Some(thread),
         })
     }
@@ -112,6 +118,7 @@ impl Worker {
     /// # Errors
     /// `Internal` when the thread is gone.
     pub fn give(&self, session: Option<u64>, job: Job) -> Result<()> {
+        self.pending.fetch_add(1, Ordering::Relaxed);
         let sent = self.jobs.as_ref().map(|jobs| jobs.send((session, job)));
         match sent {
             Some(Ok(())) => Ok(()),
@@ -120,6 +127,12 @@ impl Worker {
                 "the worker's thread is gone",
             )),
         }
+    }
+
+    /// True while anything is being done: memory that pools hold and what is told of it do not agree then.
+    #[must_use]
+    pub fn busy(&self) -> bool {
+        self.pending.load(Ordering::Acquire) > 0
     }
 
     /// What becomes readable when there is news.
@@ -160,12 +173,18 @@ impl Drop for Worker {
     }
 }
 
-fn work(shelf: &Shelf, jobs: &Receiver<(Option<u64>, Job)>, mailbox: &Mailbox) {
+fn work(
+    shelf: &Shelf,
+    jobs: &Receiver<(Option<u64>, Job)>,
+    mailbox: &Mailbox,
+    pending: &AtomicUsize,
+) {
     // Signals are for the reactor.
     let _ = nix::sys::signal::SigSet::all().thread_block();
     let revoke = |clients: Vec<u64>| mailbox.post(News::Revoke(clients));
     while let Ok((session, job)) = jobs.recv() {
         let result = carry_out(shelf, &job, &revoke);
+        pending.fetch_sub(1, Ordering::Release);
         mailbox.post(News::Done(Done {
             session,
             job,

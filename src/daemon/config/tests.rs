@@ -359,8 +359,7 @@ proptest! {
     /// What `flea-ctl config show` writes is a file that means the same.
     #[test]
     fn what_is_written_is_read_back(config in any_config()) {
-        let text = toml::to_string(&config).unwrap();
-        prop_assert_eq!(file(&text).unwrap().config, config);
+        prop_assert_eq!(file(&config.to_string()).unwrap().config, config);
     }
 
     /// After a reload only keys that need a restart differ from the new file, and none of the live ones.
