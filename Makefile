@@ -22,12 +22,16 @@ LIBDIR ?= $(PREFIX)/lib
 INCLUDEDIR ?= $(PREFIX)/include
 MANDIR ?= $(PREFIX)/share/man
 DOCDIR ?= $(PREFIX)/share/doc/flea
+# systemd, systemd-sysusers and their like look below /usr/local/lib as well as /usr/lib.
+SYSTEMDDIR ?= $(PREFIX)/lib
+# flead reads /etc/flea/flead.toml; an installation into a place of its own keeps to that place.
+SYSCONFDIR ?= $(if $(filter /usr /usr/local,$(PREFIX)),/etc,$(PREFIX)/etc)
 DESTDIR ?=
 
 .PHONY: build lib ggml-flea header examples test demo install uninstall fmt clippy clean help
 .DEFAULT_GOAL := build
 
-build: ## the release programs: $(TARGET)/release/flea
+build: ## the release programs: $(TARGET)/release/{flea,flead,flea-ctl}
 	$(CARGO) build --release --locked
 
 # A build of its own: libflea must never contain ggml, and the two must not overwrite each other's libflea.rlib.
@@ -63,21 +67,31 @@ demo: ## runs the model in assets/ and a synthetic one; under a minute after the
 	scripts/demo.sh
 
 install: build lib ## into $(DESTDIR)$(PREFIX); libggml-flea.so too if it was built
-	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(LIBDIR)/pkgconfig $(DESTDIR)$(INCLUDEDIR) $(DESTDIR)$(MANDIR)/man1 $(DESTDIR)$(DOCDIR)
-	install -m 755 $(TARGET)/release/flea $(DESTDIR)$(BINDIR)/flea
+	install -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(LIBDIR)/pkgconfig $(DESTDIR)$(INCLUDEDIR) $(DESTDIR)$(DOCDIR)
+	install -m 755 $(TARGET)/release/flea $(TARGET)/release/flead $(TARGET)/release/flea-ctl $(DESTDIR)$(BINDIR)
 	install -m 755 $(CAPI)/lib/$(LIBRARY) $(DESTDIR)$(LIBDIR)/$(LIBRARY)
 	ln -sf $(LIBRARY) $(DESTDIR)$(LIBDIR)/$(SONAME)
 	ln -sf $(SONAME) $(DESTDIR)$(LIBDIR)/libflea.so
 	install -m 644 $(CAPI)/lib/libflea.a $(DESTDIR)$(LIBDIR)/libflea.a
 	install -m 644 include/flea.h $(DESTDIR)$(INCLUDEDIR)/flea.h
 	scripts/flea-pc.sh $(VERSION) $(PREFIX) $(LIBDIR) $(INCLUDEDIR) > $(DESTDIR)$(LIBDIR)/pkgconfig/flea.pc
-	install -m 644 docs/flea.1 $(DESTDIR)$(MANDIR)/man1/flea.1
+	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man1 docs/flea.1 docs/flea-ctl.1
+	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man5 docs/flead.toml.5
+	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man8 docs/flead.8
+	install -D -m 644 -t $(DESTDIR)$(SYSTEMDDIR)/systemd/system systemd/flead.service systemd/flead.socket
+	for kind in sysusers.d tmpfiles.d sysctl.d; do install -D -m 644 -t $(DESTDIR)$(SYSTEMDDIR)/$$kind systemd/$$kind/*.conf; done
+	sed -i 's|/usr/local/bin|$(BINDIR)|' $(DESTDIR)$(SYSTEMDDIR)/systemd/system/flead.service
+	install -D -m 644 systemd/examples/gpu.conf $(DESTDIR)$(DOCDIR)/examples/gpu.conf
+	install -D -m 644 systemd/flead.toml $(DESTDIR)$(DOCDIR)/examples/flead.toml
+	[[ -e $(DESTDIR)$(SYSCONFDIR)/flea/flead.toml ]] || install -D -m 644 systemd/flead.toml $(DESTDIR)$(SYSCONFDIR)/flea/flead.toml
+	install -D -m 644 docs/protocol.md $(DESTDIR)$(DOCDIR)/protocol.md
 	install -m 644 README.md ARCHITECTURE.md CHANGELOG.md LICENSE LICENSE-MIT LICENSE-APACHE $(DESTDIR)$(DOCDIR)
 	if [[ -f $(TARGET)/ggml-flea/libggml-flea.so ]]; then install -m 755 $(TARGET)/ggml-flea/libggml-flea.so $(DESTDIR)$(LIBDIR)/; fi
 
-uninstall: ## takes away what install put there
-	rm -f $(DESTDIR)$(BINDIR)/flea $(DESTDIR)$(LIBDIR)/{$(LIBRARY),$(SONAME),libflea.so,libflea.a,libggml-flea.so,pkgconfig/flea.pc}
-	rm -f $(DESTDIR)$(INCLUDEDIR)/flea.h $(DESTDIR)$(MANDIR)/man1/flea.1
+uninstall: ## takes away what install put there, but not $(SYSCONFDIR)/flea
+	rm -f $(DESTDIR)$(BINDIR)/{flea,flead,flea-ctl} $(DESTDIR)$(LIBDIR)/{$(LIBRARY),$(SONAME),libflea.so,libflea.a,libggml-flea.so,pkgconfig/flea.pc}
+	rm -f $(DESTDIR)$(INCLUDEDIR)/flea.h $(DESTDIR)$(MANDIR)/{man1/flea.1,man1/flea-ctl.1,man5/flead.toml.5,man8/flead.8}
+	rm -f $(DESTDIR)$(SYSTEMDDIR)/{systemd/system/flead.{service,socket},{sysusers,tmpfiles}.d/flea.conf,sysctl.d/60-flea.conf}
 	rm -rf $(DESTDIR)$(DOCDIR)
 
 fmt: ## formats the Rust sources
@@ -92,4 +106,4 @@ clean: ## deletes everything that was built here
 	rm -rf $(TARGET)
 
 help: ## this text
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | sed 's/\$$(TARGET)/target/g; s/\$$(CAPI)/target\/capi/g; s/\$$(DESTDIR)\$$(PREFIX)/DESTDIR PREFIX/' | awk -F'\t' '{ printf "  %-10s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | sed 's/\$$(TARGET)/target/g; s/\$$(CAPI)/target\/capi/g; s/\$$(DESTDIR)\$$(PREFIX)/DESTDIR PREFIX/; s/\$$(SYSCONFDIR)/SYSCONFDIR/' | awk -F'\t' '{ printf "  %-10s %s\n", $$1, $$2 }'

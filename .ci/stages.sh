@@ -70,6 +70,9 @@ install_works() {
   root=$(mktemp -d)
   make --no-print-directory install PREFIX="$root" >/dev/null
   "$root/bin/flea" --version
+  "$root/bin/flead" --version
+  "$root/bin/flea-ctl" config check "$root/etc/flea/flead.toml"
+  grep -qx "ExecStart=$root/bin/flead" "$root/lib/systemd/system/flead.service"
   cat >"$root/hello.c" <<'C'
 #include <flea.h>
 #include <stdio.h>

@@ -130,7 +130,8 @@ typedef struct flea_open_options {
   // The budget of the whole process when pool_bytes is 0: "4GiB", or "50%" (weights: half of the model); NULL = all
   // that is free. Read during the call only.
   const char *memory;
-  // NULL = in this process; "unix:PATH" = the daemon. Read during the call only.
+  // NULL = in this process; "unix:PATH" = the daemon that listens there. Memory, slots, pages and reader are then the
+  // daemon's: leave those fields 0, or the call is INVALID. Read during the call only.
   const char *endpoint;
   // Optional: bytes this host has reserved but not touched yet (KV cache, compute memory). Read once, when the plan
   // is made; with FLEA_OPEN_DEFER_PLAN that is in the first acquire or hint, and it must be valid until then.
@@ -264,7 +265,8 @@ uint32_t flea_abi_version(void);
 // `options`: NULL for the defaults. Neither is kept, except options->host_pending_bytes.
 // `out`: receives the model; give it to flea_model_close. Set to NULL on failure.
 // Threads: any. Do not fork and use the model in the child: its memory is not there.
-// Returns FLEA_OK or: NOTFOUND, PERM, IO, FORMAT, TRUNCATED, UNSUPPORTED (the file), REFUSED (the budget), NOMEM, INVALID.
+// Returns FLEA_OK or: NOTFOUND, PERM, IO, FORMAT, TRUNCATED, UNSUPPORTED (the file), REFUSED (the budget), NOMEM, INVALID,
+// CONN (no daemon answers at options->endpoint).
 int32_t flea_model_open(const char *path_text,
                         const struct flea_open_options *options,
                         struct flea_model **out);
@@ -301,6 +303,9 @@ int32_t flea_layer_of(const struct flea_model *model, const void *addr);
 // Leases are counted: release as often as you acquire. Hold few: the ring has flea_info.slots_count slots.
 // Threads: any. Returns FLEA_OK or: AGAIN, TIMEOUT, BUSY (this thread holds what it would wait for), REFUSED (a deferred
 // plan does not fit), IO, TRUNCATED, CHANGED, NOMEM, INVALID. After an error the next acquire reads again.
+// Through a daemon also CONN (it went away) and REVOKED (it took a lease back that was held for too long while others
+// waited): both are final for this model; close it and open it again. Held layers stay mapped, but after REVOKED their
+// bytes may change.
 int32_t flea_acquire(struct flea_model *model,
                      uint32_t layer,
                      const void *addr,

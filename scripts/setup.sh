@@ -41,6 +41,9 @@ probe() {
   need jq command -v jq
   [[ $wanted = demo ]] && return
   need fio command -v fio
+  # The tests of flead's units check them and run them under a real systemd.
+  need systemd test -x /lib/systemd/systemd
+  need procps command -v pgrep
   need python3-pip python3 -m pip --version
   need python3-venv python3 -c 'import ensurepip, venv'
 }

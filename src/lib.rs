@@ -9,6 +9,7 @@
 //! * [`mem`]: windows that mirror the files at constant addresses, and the pool that gives pages of them memory.
 //! * [`io`]: moves bytes with O_DIRECT, by io_uring or pread threads, and knows every way in which a read goes wrong.
 //! * [`engine`]: ties the four together. [`engine::Model`] is what a host holds: acquire a layer, use it, release it.
+//! * [`proto`]: the same model in a daemon that several programs share, over a socket and shared words.
 //! * [`ffi`]: the same as a C library; `include/flea.h` is generated from it.
 //!
 //! Around the engine stand `host` (llama.cpp in process, for `flea run`), `tools` (synthetic models, benches) and
@@ -29,6 +30,8 @@
 
 #[cfg(feature = "cli")]
 pub mod cli;
+#[cfg(feature = "cli")]
+pub mod daemon;
 pub mod engine;
 pub mod error;
 pub mod ffi;
@@ -38,6 +41,7 @@ pub mod io;
 pub mod mem;
 pub mod model;
 pub mod plan;
+pub mod proto;
 #[cfg(feature = "cli")]
 pub mod tools;
 pub mod units;

@@ -9,6 +9,8 @@ use std::sync::atomic::AtomicBool;
 
 use flea::ErrorKind;
 use flea::engine::{BudgetSpec, Model, OpenOptions, read_catalog};
+use flea::proto::Opened;
+use flea::proto::opened::Endpoint;
 use flea::tools::bench_stream::{measure, verify};
 use flea::tools::synth::shape::{Arch, Quant, Shape, Wish};
 use flea::tools::synth::{Report, Spec, generate};
@@ -81,7 +83,7 @@ fn a_split_model_has_the_same_tensors() {
 }
 
 /// Streams with the smallest pool that plans, so that nearly everything is transient.
-fn open(path: &Path) -> Model {
+fn open(path: &Path) -> Opened {
     let (catalog, _) = read_catalog(path).expect("a catalog");
     let options = flea::plan::PlanOptions {
         slots_count: 3,
@@ -93,7 +95,14 @@ fn open(path: &Path) -> Model {
         page_bytes: Some(PAGE_4K),
         ..OpenOptions::default()
     };
-    Model::open(path, options).expect("an open model")
+    Opened::open(path, &Endpoint::Local, options).expect("an open model")
+}
+
+fn local(model: &Opened) -> &Model {
+    match model {
+        Opened::Local(model) => model,
+        Opened::Daemon(_) => panic!("it was opened in this process"),
+    }
 }
 
 fn model() -> (tempfile::TempDir, PathBuf) {
@@ -108,7 +117,7 @@ fn every_pass_streams_what_the_plan_says() {
     let (_directory, path) = model();
     let model = open(&path);
     let outcome = measure(&model, 3, &AtomicBool::new(false)).expect("three passes");
-    let plan = model.plan().expect("a plan");
+    let plan = local(&model).plan().expect("a plan");
     let layers = model.catalog().layers.len() as u64;
     assert!(plan.resident_bytes > 0 && plan.resident_bytes < model.catalog().model_bytes);
     assert_eq!(outcome.stats.acquires, 3 * layers);
@@ -138,7 +147,7 @@ fn verify_compares_everything_and_sees_one_wrong_byte() {
     assert_eq!(verify(&streamed, &stop), Ok(planned));
 
     // A resident byte is in memory already: what changes in the file now differs from it.
-    let offset_bytes = resident_byte(&streamed);
+    let offset_bytes = resident_byte(local(&streamed));
     let file = std::fs::OpenOptions::new()
         .read(true)
         .write(true)

@@ -15,13 +15,14 @@ const ROOMS: [(&str, u32); 14] = [
     ("io", 4),
     ("engine", 5),
     ("proto", 6),
-    // The ggml device of `flea run` calls the C ABI, so `host` stands above `ffi`.
-    ("ffi", 6),
+    // The C ABI opens models in this process and in the daemon.
+    ("ffi", 7),
     ("daemon", 7),
-    ("host", 7),
-    ("tools", 7),
-    ("cli", 8),
-    ("bin", 9),
+    // The ggml device of `flea run` calls the C ABI, so `host` stands above `ffi`.
+    ("host", 8),
+    ("tools", 8),
+    ("cli", 9),
+    ("bin", 10),
 ];
 const UNSAFE_ROOMS: [&str; 5] = ["mem", "io", "proto", "ffi", "host"];
 /// The stream keeps the promise that `Reader::submit` asks for, so that one call stands there and not behind a wrapper

@@ -11,11 +11,13 @@ use super::bench_raw;
 use super::table::Table;
 use super::trace::{self, TraceFile};
 use super::values;
-use crate::engine::{BudgetSpec, Model, OpenOptions};
+use crate::engine::{BudgetSpec, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{ReaderKind, ReaderOptions};
 use crate::mem::Backing;
-use crate::plan::{Plan, SLOTS_DEFAULT};
+use crate::plan::SLOTS_DEFAULT;
+use crate::proto::Opened;
+use crate::proto::opened::{Endpoint, PlanFigures};
 use crate::tools::bench_stream::{self, Outcome};
 use crate::units::{HumanBytes, MemorySpec};
 
@@ -92,6 +94,10 @@ pub struct StreamArgs {
     #[arg(long, value_name = "N", default_value_t = SLOTS_DEFAULT, value_parser = values::slots)]
     pub slots: u32,
 
+    /// Stream through the daemon at this endpoint, unix:PATH; memory, reader, slots and pages are then the daemon's
+    #[arg(long, value_name = "ENDPOINT", conflicts_with_all = ["memory", "backing", "request_bytes", "depth", "page_bytes", "slots"])]
+    pub endpoint: Option<String>,
+
     /// Walk once more, unmeasured, and hold every byte against a plain read of the file
     #[arg(long)]
     pub verify: bool,
@@ -165,7 +171,11 @@ fn stream(args: &StreamArgs) -> Result<()> {
         trace: trace.as_ref().map(TraceFile::trace),
         ..args.options()
     };
-    let model = Model::open(&args.model, options)?;
+    let endpoint = args
+        .endpoint
+        .as_deref()
+        .map_or(Ok(Endpoint::Local), Endpoint::parse)?;
+    let model = Opened::open(&args.model, &endpoint, options)?;
     let outcome = bench_stream::measure(&model, args.passes, &stop);
     let label = |layer: u32| model.catalog().layers[layer as usize].label.clone();
     let written = trace.map_or(Ok(()), |trace| trace.write(&label));
@@ -178,13 +188,13 @@ fn stream(args: &StreamArgs) -> Result<()> {
         .plan()
         .ok_or_else(|| Error::new(ErrorKind::Internal, "the model was streamed without a plan"))?;
     if args.json {
-        super::print_json(&json(&model, plan, &outcome, verified_bytes))
+        super::print_json(&json(&model, &plan, &outcome, verified_bytes))
     } else {
-        super::print(&table(&model, plan, &outcome, verified_bytes))
+        super::print(&table(&model, &plan, &outcome, verified_bytes))
     }
 }
 
-fn verify(args: &StreamArgs, model: &Model, stop: &AtomicBool) -> Result<Option<u64>> {
+fn verify(args: &StreamArgs, model: &Opened, stop: &AtomicBool) -> Result<Option<u64>> {
     if !args.verify {
         return Ok(None);
     }
@@ -192,8 +202,8 @@ fn verify(args: &StreamArgs, model: &Model, stop: &AtomicBool) -> Result<Option<
 }
 
 fn json(
-    model: &Model,
-    plan: &Plan,
+    model: &Opened,
+    plan: &PlanFigures,
     outcome: &Outcome,
     verified_bytes: Option<u64>,
 ) -> serde_json::Value {
@@ -219,7 +229,7 @@ fn json(
         "model_bytes": model.catalog().model_bytes,
         "total_bytes": budget.map(|budget| budget.total_bytes),
         "host_bytes": budget.map(|budget| budget.host_bytes),
-        "weight_budget_bytes": plan.weight_budget_bytes,
+        "weight_budget_bytes": budget.map(|budget| budget.weight_budget_bytes),
         "resident_bytes": plan.resident_bytes,
         "ring_bytes": plan.ring_bytes,
         "streamed_bytes_per_pass": plan.streamed_bytes_per_pass,
@@ -230,7 +240,7 @@ fn json(
         "page_bytes": stats.page_bytes,
         "huge_page_share": stats.huge_page_share,
         "fallbacks": fallbacks,
-        "profile": model.profile().to_string(),
+        "profile": model.profile(),
         "verified_bytes": verified_bytes,
     })
 }
@@ -243,7 +253,12 @@ fn pass_json(pass: &bench_stream::Pass) -> serde_json::Value {
     })
 }
 
-fn table(model: &Model, plan: &Plan, outcome: &Outcome, verified_bytes: Option<u64>) -> String {
+fn table(
+    model: &Opened,
+    plan: &PlanFigures,
+    outcome: &Outcome,
+    verified_bytes: Option<u64>,
+) -> String {
     let stats = &outcome.stats;
     let mut table = Table::fields();
     table.field(

@@ -8,7 +8,9 @@ pub mod bench;
 #[cfg(feature = "run")]
 pub mod bench_predict;
 pub mod bench_raw;
+pub mod ctl;
 pub mod doctor;
+pub mod flead;
 pub mod inspect;
 pub mod plan;
 pub mod probe;
@@ -30,11 +32,13 @@ use serde::Serialize;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 
+use crate::daemon::config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units;
 
-/// The environment variables flea reads. Any other `FLEA_*` is a slip of the fingers and is warned about.
-pub const ENVIRONMENT: [&str; 8] = [
+/// The environment variables flea reads, besides one for each key of flead.toml (`FLEA_LIMITS_CLIENTS`). Any other
+/// `FLEA_*` is a slip of the fingers and is warned about.
+pub const ENVIRONMENT: [&str; 9] = [
     "FLEA_MEMORY",
     "FLEA_MODEL",
     "FLEA_STATS",
@@ -43,6 +47,7 @@ pub const ENVIRONMENT: [&str; 8] = [
     "FLEA_LOG",
     "FLEA_FAULT",
     "FLEA_PROFILE",
+    "FLEA_CONFIG",
 ];
 
 /// Options that an environment variable stands in for.
@@ -184,16 +189,37 @@ pub fn print_json(value: &impl Serialize) -> Result<()> {
 
 /// Log lines on stderr: warnings by default, more with `-v`, per module with `FLEA_LOG` (`info`, `flea::io=debug`).
 pub fn start_logging(verbose: u8) {
+    let filter = std::env::var("FLEA_LOG").unwrap_or_else(|_| "warn".to_owned());
+    start_logger(&filter, verbose, false);
+}
+
+/// Log lines of flead: `filter` comes from its configuration. For systemd's journal each begins with its priority.
+pub fn start_daemon_logging(filter: &str, verbose: u8) {
+    let for_journal = std::env::var_os("JOURNAL_STREAM").is_some();
+    start_logger(filter, verbose, for_journal);
+}
+
+fn start_logger(filter: &str, verbose: u8, for_journal: bool) {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(log::LevelFilter::Warn);
-    builder.parse_env(env_logger::Env::new().filter("FLEA_LOG"));
+    builder.parse_filters(filter);
     match verbose {
         0 => {}
         1 => drop(builder.filter_module("flea", log::LevelFilter::Info)),
         2 => drop(builder.filter_module("flea", log::LevelFilter::Debug)),
         _ => drop(builder.filter_module("flea", log::LevelFilter::Trace)),
     }
-    builder.format(|out, record| {
+    builder.format(move |out, record| {
+        if for_journal {
+            // sd-daemon(3): the journal takes the priority off again.
+            let priority = match record.level() {
+                log::Level::Error => 3,
+                log::Level::Warn => 4,
+                log::Level::Info => 6,
+                log::Level::Debug | log::Level::Trace => 7,
+            };
+            return writeln!(out, "<{priority}>{}", record.args());
+        }
         let level = match record.level() {
             log::Level::Error => "error",
             log::Level::Warn => "warning",
@@ -219,9 +245,12 @@ pub fn warn_about_environment() {
 }
 
 fn unknown_variables(names: impl Iterator<Item = OsString>) -> Vec<String> {
+    let keys = config::keys();
+    let of_flead = |name: &str| keys.iter().any(|key| config::variable_of(key) == name);
+    let known = |name: &str| ENVIRONMENT.contains(&name) || of_flead(name);
     let mut unknown: Vec<String> = names
         .filter_map(|name| name.into_string().ok())
-        .filter(|name| name.starts_with("FLEA_") && !ENVIRONMENT.contains(&name.as_str()))
+        .filter(|name| name.starts_with("FLEA_") && !known(name))
         .collect();
     unknown.sort();
     unknown
@@ -318,7 +347,7 @@ mod tests {
 
     #[test]
     fn unknown_variables_are_named_and_known_ones_are_not() {
-        let names = words("FLEA_MEMROY FLEA_MEMORY HOME FLEA_LOG FLEAS");
+        let names = words("FLEA_MEMROY FLEA_MEMORY HOME FLEA_LOG FLEAS FLEA_LIMITS_CLIENTS");
         assert_eq!(unknown_variables(names), ["FLEA_MEMROY"]);
     }
 

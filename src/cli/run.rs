@@ -23,6 +23,7 @@ use crate::host::{
     Chat, End, Figures, Generation, KvType, SampleOptions, Sampler, Session, SessionOptions, Step,
     StreamOptions, Token, process,
 };
+use crate::proto::SOCKET_DEFAULT;
 use crate::units::{GIB, MemorySpec};
 
 mod logits;
@@ -128,8 +129,17 @@ pub struct Args {
     no_stream: bool,
 
     /// Write what drive and compute did when, in Chrome's trace format (ui.perfetto.dev)
-    #[arg(long, value_name = "FILE", conflicts_with = "no_stream")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["no_stream", "daemon"])]
     trace: Option<PathBuf>,
+    /// Stream from flead, which listens on this socket; memory and reader are then the daemon's
+    #[arg(
+        long,
+        value_name = "SOCKET",
+        num_args = 0..=1,
+        default_missing_value = SOCKET_DEFAULT,
+        conflicts_with_all = ["no_stream", "slots", "page_bytes", "request_bytes", "depth"]
+    )]
+    daemon: Option<PathBuf>,
 
     #[command(flatten)]
     streaming: StreamingArgs,
@@ -356,7 +366,14 @@ fn session_options(args: &Args) -> SessionOptions {
         path: args.model.clone(),
         stream: (!args.no_stream).then(|| StreamOptions {
             memory: args.memory.clone(),
-            backing: streaming.backing,
+            endpoint: args
+                .daemon
+                .as_ref()
+                .map(|socket| format!("unix:{}", socket.display())),
+            backing: match args.daemon {
+                None => streaming.backing,
+                Some(_) => types::FLEA_BACKING_SHARED,
+            },
             reader: streaming.reader,
             slots_count: streaming.slots.unwrap_or(0),
             page_bytes: streaming.page_bytes.unwrap_or(0) as u32, // 4 KiB or 2 MiB

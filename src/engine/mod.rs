@@ -1,22 +1,34 @@
 //! The engine: ties plan, pool and reader together. `file -> catalog -> plan -> reader -> pool -> **lease** -> host`.
 //!
-//! * [`open`]: path to catalog. * [`model`]: what a host holds. * `layout`: what there is to fetch.
-//! * `order`: what comes next. * [`trace`]: what happened when. * `reading`: how it is read. * `state`: who holds what. * `wait`: how a host sleeps for it. * `stream`: the one thread that moves bytes.
+//! * [`open`]: path to catalog. * [`options`]: how to open it. * [`model`]: what a host holds. * `layout`: what there is to fetch.
+//! * `order`: what comes next. * [`trace`]: what happened when. * `reading`: how it is read. * `state`: who holds what.
+//! * `pick`: what to read next. * [`board`]: leases of other processes. * `wait`: how a host sleeps for it. * `stream`: the
+//!   one thread that moves bytes.
 
+pub mod board;
 mod layout;
+pub mod leases;
 pub mod model;
 pub mod open;
+pub mod options;
 mod order;
+mod pick;
 mod placement;
 mod reading;
+pub mod serve;
+pub mod share;
 mod state;
 pub mod stats;
 mod stream;
 pub mod trace;
 mod wait;
 
-pub use model::{BudgetSpec, Model, OpenOptions};
+pub use board::Board;
+pub use layout::Spans;
+pub use leases::LEASES_MAX;
+pub use model::Model;
 pub use open::read_catalog;
-pub use state::LEASES_MAX;
+pub use options::{BudgetSpec, OpenOptions};
 pub use stats::{BudgetReport, Fallback, FallbackKind, Stats};
+pub use stream::Shared;
 pub use trace::Trace;

@@ -5,7 +5,9 @@
 //! a layer, computes with the weights at their constant addresses, and releases it.
 
 use super::layout::{Layout, Spans};
+use super::leases::thread_id;
 use super::open::read_catalog;
+use super::options::{BudgetSpec, OpenOptions};
 use super::placement;
 use super::reading::{profile_of, reader_options};
 use super::state::{Need, State};
@@ -15,61 +17,16 @@ use super::trace::Trace;
 use super::wait::{Asked, wait};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::profile::Found;
-use crate::io::{Counters, ReaderOptions, ShardFile};
+use crate::io::{Counters, ShardFile, Waker};
 use crate::mem::{Backing, Pool, PoolOptions, Windows, limits};
 use crate::model::Catalog;
 use crate::plan::{self, Plan, PlanOptions, budget};
 use crate::units::MemorySpec;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
-
-/// What bounds the memory of a model.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum BudgetSpec {
-    /// Weights may take this many bytes; the host looks after the rest itself.
-    Pool(u64),
-    /// The whole process may take this much.
-    Memory(MemorySpec),
-}
-
-/// How to open a model. The default takes all memory that is free and 3 slots.
-#[derive(Debug, Clone)]
-pub struct OpenOptions {
-    /// What bounds the memory.
-    pub budget: BudgetSpec,
-    /// Plan at the first acquire instead of at open.
-    pub defer_plan: bool,
-    /// Where the weights live.
-    pub backing: Backing,
-    /// How they are read.
-    pub reader: ReaderOptions,
-    /// Slots of the ring.
-    pub slots_count: u32,
-    /// Page size; `None` chooses by the size of the layers.
-    pub page_bytes: Option<u64>,
-    /// Bytes the host has reserved but not touched yet; read once, when the plan is made.
-    pub host_pending_bytes: Arc<AtomicU64>,
-    /// Where events go; `None` traces nothing.
-    pub trace: Option<Arc<Trace>>,
-}
-
-impl Default for OpenOptions {
-    fn default() -> Self {
-        Self {
-            budget: BudgetSpec::Memory(MemorySpec::Auto),
-            defer_plan: false,
-            backing: Backing::Private,
-            reader: ReaderOptions::default(),
-            slots_count: plan::SLOTS_DEFAULT,
-            page_bytes: None,
-            host_pending_bytes: Arc::default(),
-            trace: None,
-        }
-    }
-}
 
 /// What exists once the plan is made.
 #[derive(Debug)]
@@ -117,6 +74,18 @@ impl Model {
         files: Vec<ShardFile>,
         options: OpenOptions,
     ) -> Result<Self> {
+        Self::again(Arc::new(catalog), files.into(), options)
+    }
+
+    /// [`Model::from_parts`] for parts that another model has as well: the daemon makes a new one for each plan.
+    ///
+    /// # Errors
+    /// Those of [`Model::open`].
+    pub fn again(
+        catalog: Arc<Catalog>,
+        files: Arc<[ShardFile]>,
+        options: OpenOptions,
+    ) -> Result<Self> {
         if catalog.layers.is_empty() {
             let context = format!(
                 "{}: no layers in this model, nothing to stream",
@@ -133,8 +102,8 @@ impl Model {
             page_bytes: options
                 .page_bytes
                 .unwrap_or_else(|| plan::default_page_bytes(&catalog)),
-            catalog: Arc::new(catalog),
-            files: files.into(),
+            catalog,
+            files,
             trace: options
                 .trace
                 .clone()
@@ -238,10 +207,10 @@ impl Model {
             };
             wait(&running.core, &running.started.waker, state, asked, timeout)
         };
-        if let (Some(trace), true) = (&running.core.trace, leased.is_ok()) {
+        if let (Some(trace), true) = (&running.core.trace, leased?) {
             trace.leased(layer);
         }
-        leased
+        Ok(())
     }
 
     /// Gives a lease back. May be called on another thread than the acquire.
@@ -258,8 +227,8 @@ impl Model {
         })?;
         let wake = {
             let mut state = running.core.state();
-            state.release(layer, thread_id())?;
-            if let Some(trace) = &running.core.trace {
+            let last = state.release(layer, thread_id())?;
+            if let (Some(trace), true) = (&running.core.trace, last) {
                 trace.released(layer);
             }
             std::mem::take(&mut state.hungry)
@@ -290,9 +259,19 @@ impl Model {
         Ok(())
     }
 
-    /// Counters so far; all zero before the plan is made.
+    /// Counters so far; all zero before the plan is made. Measures the pool's pages, which takes milliseconds.
     #[must_use]
     pub fn stats(&self) -> Stats {
+        let mut stats = self.counters();
+        if let Some(running) = self.running.get() {
+            running.add_pages_to(&mut stats);
+        }
+        stats
+    }
+
+    /// [`Model::stats`] without what has to be measured: `huge_page_share` is 0 and fallbacks of memory are missing.
+    #[must_use]
+    pub fn counters(&self) -> Stats {
         let mut stats = Stats {
             reader: self.options.reader.kind,
             backing: self.options.backing,
@@ -316,6 +295,12 @@ impl Model {
             running.add_to(&mut stats);
         }
         stats
+    }
+
+    /// What the stream works on, and how to wake it, once the plan is made.
+    pub(super) fn core_and_waker(&self) -> Option<(&Core, &Waker)> {
+        let running = self.running.get()?;
+        Some((&running.core, &running.started.waker))
     }
 
     fn buffered_shards(&self) -> Vec<Fallback> {
@@ -400,7 +385,11 @@ impl Model {
             budget.total_bytes,
             budget.host_bytes
         );
-        let (binding, not_bound) = placement::of_drive(&self.files[0]);
+        let (binding, not_bound) = if self.options.numa {
+            placement::of_drive(&self.files[0])
+        } else {
+            (None, None)
+        };
         let pool_options = PoolOptions {
             binding: binding.clone(),
             cancel: None,
@@ -423,7 +412,10 @@ impl Model {
             fixed_slots,
         ));
         let core = Arc::new(Core {
-            state: Mutex::new(State::new(Arc::clone(&layout))),
+            state: Mutex::new(State::new(
+                Arc::clone(&layout),
+                self.options.shared.board.clone(),
+            )),
             changed: Condvar::new(),
             pool: Mutex::new(pool),
             counters: Mutex::new(Counters::default()),
@@ -432,6 +424,7 @@ impl Model {
         });
         let (sender, receiver) = mpsc::sync_channel(1);
         let (thread_core, files) = (Arc::clone(&core), Arc::clone(&self.files));
+        let shared = self.options.shared.clone();
         let thread = std::thread::Builder::new()
             .name("flea-stream".to_owned())
             .spawn(move || {
@@ -440,7 +433,7 @@ impl Model {
                 {
                     log::warn!("the stream's thread is not pinned to its drive's node: {error}");
                 }
-                stream::run(&thread_core, &layout, &files, &reader, &sender);
+                stream::run(&thread_core, &layout, &files, &reader, &shared, &sender);
             })
             .map_err(|error| Error::from_io(&error, "start the stream's thread"))?;
         let lost = |_| {
@@ -528,6 +521,16 @@ impl Running {
             });
         }
         stats.fallbacks.extend(self.not_bound.clone());
+        let state = self.core.state();
+        stats.acquires = state.acquires;
+        stats.releases = state.releases;
+        stats.loads = state.loads;
+        stats.stalls = state.stalls;
+        stats.stall_ns = state.stall_ns;
+        stats.mispredicts = state.mispredicts();
+    }
+
+    fn add_pages_to(&self, stats: &mut Stats) {
         // Measured without the pool's lock: walking the page tables takes milliseconds that the stream has not.
         let probe = self.core.pool().probe();
         match probe.report() {
@@ -540,13 +543,6 @@ impl Running {
             }
             Err(error) => log::warn!("the pool's pages could not be measured: {error}"),
         }
-        let state = self.core.state();
-        stats.acquires = state.acquires;
-        stats.releases = state.releases;
-        stats.loads = state.loads;
-        stats.stalls = state.stalls;
-        stats.stall_ns = state.stall_ns;
-        stats.mispredicts = state.mispredicts();
     }
 }
 
@@ -562,13 +558,6 @@ impl Drop for Running {
             log::error!("the stream's thread had panicked");
         }
     }
-}
-
-/// A number for the calling thread, never used twice in a process.
-fn thread_id() -> u64 {
-    static NEXT: AtomicU64 = AtomicU64::new(1);
-    thread_local!(static ID: u64 = NEXT.fetch_add(1, Ordering::Relaxed));
-    ID.with(|id| *id)
 }
 
 /// `FLEA_FAULT=nowait`: hosts get their lease before the bytes are there. A suite that passes with it tests nothing.

@@ -4,52 +4,53 @@
 //! whose layer is leased is never given to another layer; a slot with a request that the kernel has not returned is
 //! quarantined and never used again; a layer with waiters is not evicted before they had it.
 
+use super::board::{self, Board};
 use super::layout::Layout;
+use super::leases::Leases;
 use super::order::Order;
+use super::pick::{Courtesy, Foresight};
 use crate::error::{Error, ErrorKind, Result};
 use std::collections::VecDeque;
 use std::sync::Arc;
-
-/// Most leases one model may have out at a time, over all threads. A host needs one per thread; the limit turns a
-/// host that never releases into an error instead of memory growth.
-pub const LEASES_MAX: usize = 4096;
+use std::time::Instant;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
+pub(super) enum Phase {
     Absent,
     Loading,
     Ready,
 }
 
 #[derive(Debug)]
-struct FetchState {
-    phase: Phase,
-    slot: Option<u32>,
-    done: Vec<u64>,
-    outstanding: u32,
-    lost: bool,
+pub(super) struct FetchState {
+    pub(super) phase: Phase,
+    pub(super) slot: Option<u32>,
+    pub(super) done: Vec<u64>,
+    pub(super) outstanding: u32,
+    pub(super) lost: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Slot {
+pub(super) enum Slot {
     Free,
     Holds(u32),
     Quarantined,
 }
 
 #[derive(Debug, Default)]
-struct LayerState {
-    leases: u32,
-    waiters: u32,
-    demanded: bool,
-    error: Option<Error>,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Lease {
-    thread: u64,
-    layer: u32,
-    count: u32,
+pub(super) struct LayerState {
+    pub(super) leases: u32,
+    pub(super) waiters: u32,
+    pub(super) demanded: bool,
+    pub(super) error: Option<Error>,
+    /// What the error before that was: a client of the daemon asks for its text after the next attempt has begun.
+    pub(super) past_error: Option<Error>,
+    /// Since when a client of the daemon holds it while others want its slot, and which pick saw it last.
+    pub(super) contended: Option<(Instant, u64)>,
+    /// No client gets it any more: the slot is wanted.
+    pub(super) closing: bool,
+    /// When its last byte arrived.
+    pub(super) ready_since: Option<Instant>,
 }
 
 /// What of a layer an acquire needs.
@@ -93,14 +94,23 @@ pub enum Outcome {
 /// The engine's state; see the module's invariants.
 #[derive(Debug)]
 pub struct State {
-    layout: Arc<Layout>,
-    fetches: Vec<FetchState>,
-    layers: Vec<LayerState>,
-    layers_of_fetch: Vec<Vec<u32>>,
-    slots: Vec<Slot>,
-    leases: Vec<Lease>,
-    demands: VecDeque<u32>,
-    order: Order,
+    pub(super) layout: Arc<Layout>,
+    pub(super) fetches: Vec<FetchState>,
+    pub(super) layers: Vec<LayerState>,
+    pub(super) layers_of_fetch: Vec<Vec<u32>>,
+    pub(super) slots: Vec<Slot>,
+    leases: Leases,
+    pub(super) demands: VecDeque<u32>,
+    pub(super) order: Order,
+    pub(super) foresight: Foresight,
+    /// What clients of the daemon see of this state, and say; `None` for a host in this process.
+    pub(super) board: Option<Arc<Board>>,
+    pub(super) courtesy: Courtesy,
+    pub(super) wanted: Vec<u32>,
+    /// Number of the present pick.
+    pub(super) picks: u64,
+    /// A new plan is being made: nothing is read ahead.
+    pub draining: bool,
     /// The stream looked for work and found none: it wants to be woken when that may have changed.
     pub hungry: bool,
     /// Threads waiting on the condition variable.
@@ -122,7 +132,7 @@ pub struct State {
 impl State {
     /// The state of a model of which nothing is in memory yet.
     #[must_use]
-    pub fn new(layout: Arc<Layout>) -> Self {
+    pub fn new(layout: Arc<Layout>, board: Option<Arc<Board>>) -> Self {
         let mut layers_of_fetch = vec![Vec::new(); layout.fetches.len()];
         for (layer, fetches) in (0u32..).zip(&layout.of_layer) {
             for fetch in fetches {
@@ -145,9 +155,15 @@ impl State {
                 .collect(),
             layers_of_fetch,
             slots: vec![Slot::Free; layout.slots_count as usize],
-            leases: Vec::with_capacity(64),
+            leases: Leases::default(),
             demands: VecDeque::with_capacity(layout.of_layer.len()),
             order: Order::new(layout.of_layer.len()),
+            foresight: Foresight::new(layout.of_layer.len()),
+            board,
+            courtesy: Courtesy::new(),
+            wanted: Vec::with_capacity(layout.of_layer.len()),
+            picks: 0,
+            draining: false,
             hungry: false,
             waiters: 0,
             fatal: None,
@@ -163,7 +179,13 @@ impl State {
     /// Acquires that the learned order did not foresee.
     #[must_use]
     pub fn mispredicts(&self) -> u64 {
-        self.order.mispredicts
+        match &self.board {
+            None => self.order.mispredicts,
+            Some(board) => {
+                let clients = board.clients();
+                clients.iter().map(|client| client.order.mispredicts).sum()
+            }
+        }
     }
 
     // ---- leases ---------------------------------------------------------------------------------------------
@@ -212,61 +234,30 @@ impl State {
         u32::try_from(first).unwrap_or(u32::MAX)..u32::try_from(last).unwrap_or(u32::MAX)
     }
 
-    /// Gives `thread` a lease of a layer that is ready, or extends the one it has.
+    /// Gives `thread` a lease of a layer that is ready, or extends the one it has. True for a new one.
     ///
     /// # Errors
-    /// `Busy` when the host has [`LEASES_MAX`] leases out.
-    pub fn lease(&mut self, layer: u32, thread: u64) -> Result<()> {
-        let held = self
-            .leases
-            .iter()
-            .position(|lease| lease.thread == thread && lease.layer == layer);
-        match held {
-            Some(index) => self.leases[index].count += 1,
-            None if self.leases.len() >= LEASES_MAX => {
-                return Err(Error::new(
-                    ErrorKind::Busy,
-                    format!("{LEASES_MAX} leases are out; release some first"),
-                ));
-            }
-            None => self.leases.push(Lease {
-                thread,
-                layer,
-                count: 1,
-            }),
-        }
+    /// `Busy` when the host has [`super::LEASES_MAX`] leases out.
+    pub fn lease(&mut self, layer: u32, thread: u64) -> Result<bool> {
+        let new = self.leases.add(layer, thread)?;
         self.layers[layer as usize].leases += 1;
-        if held.is_none() {
+        if new {
             self.acquires += 1;
             self.order.note(layer);
         }
-        Ok(())
+        Ok(new)
     }
 
-    /// Takes a lease back: this thread's if it has one, else any (a lease may be released on another thread).
+    /// Takes a lease back: this thread's if it has one, else any (a lease may be released on another thread). True when
+    /// all of it has come back.
     ///
     /// # Errors
     /// `Invalid` when the layer is not leased.
-    pub fn release(&mut self, layer: u32, thread: u64) -> Result<()> {
-        let mine = self
-            .leases
-            .iter()
-            .position(|lease| lease.layer == layer && lease.thread == thread);
-        let Some(index) =
-            mine.or_else(|| self.leases.iter().position(|lease| lease.layer == layer))
-        else {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                format!("layer {layer} is released but nobody acquired it"),
-            ));
-        };
-        self.leases[index].count -= 1;
-        if self.leases[index].count == 0 {
-            self.leases.swap_remove(index);
-            self.releases += 1;
-        }
+    pub fn release(&mut self, layer: u32, thread: u64) -> Result<bool> {
+        let last = self.leases.remove(layer, thread)?;
+        self.releases += u64::from(last);
         self.layers[layer as usize].leases -= 1;
-        Ok(())
+        Ok(last)
     }
 
     /// True when waiting for `layer` could last for ever: every slot that could serve it is leased, and this thread
@@ -279,11 +270,7 @@ impl State {
         if self.fetches[transient as usize].phase != Phase::Absent {
             return false;
         }
-        let holds = |layer: u32| {
-            self.leases
-                .iter()
-                .any(|lease| lease.layer == layer && lease.thread == thread)
-        };
+        let holds = |layer: u32| self.leases.holds(layer, thread);
         if self.kept_slot(layer).is_some() {
             return holds(layer);
         }
@@ -321,155 +308,16 @@ impl State {
 
     /// Takes the error that the last attempt to read `layer` left; the next demand tries again.
     pub fn take_error(&mut self, layer: u32) -> Option<Error> {
-        self.layers[layer as usize].error.take()
+        let state = &mut self.layers[layer as usize];
+        if state.error.is_some() {
+            state.past_error.clone_from(&state.error);
+        }
+        state.error.take()
     }
 
     /// The host says which layers come next.
     pub fn hint(&mut self, layers: &[u32]) {
         self.order.set_hint(layers);
-    }
-
-    // ---- what to read next ----------------------------------------------------------------------------------
-
-    /// The next fetch to start: demanded layers first, then the layers to come. Marks it as loading.
-    pub fn pick(&mut self) -> Option<Job> {
-        self.order.look_ahead();
-        for index in 0..self.demands.len() {
-            let layer = self.demands[index];
-            if let Some(job) = self.job_for(layer, 0, true) {
-                return Some(job);
-            }
-        }
-        let mut slots_left = true;
-        for index in 0..self.layers.len() {
-            let Some(layer) = self.order.upcoming(index) else {
-                break;
-            };
-            // A layer that failed is tried again when somebody asks for it, not in a loop of our own.
-            if self.layers[layer as usize].error.is_some() {
-                continue;
-            }
-            let distance = self.order.distance(layer).saturating_add(1);
-            if let Some(mut job) = self.job_for(layer, distance, slots_left) {
-                job.urgent = false;
-                return Some(job);
-            }
-            // Slots go to the nearest layer that wants one; resident pages further on can be read meanwhile.
-            slots_left &= !self.transient_absent(layer);
-        }
-        None
-    }
-
-    fn job_for(&mut self, layer: u32, distance: u32, slots_allowed: bool) -> Option<Job> {
-        for position in 0..self.layout.of_layer[layer as usize].len() {
-            let fetch = self.layout.of_layer[layer as usize][position];
-            if self.fetches[fetch as usize].phase != Phase::Absent {
-                continue;
-            }
-            let transient = self.layout.fetches[fetch as usize].transient_of.is_some();
-            let slot = match (transient, slots_allowed) {
-                (false, _) => None,
-                (true, false) => continue,
-                (true, true) => match self.slot_for(layer, distance) {
-                    Some(slot) => Some(slot),
-                    None => continue,
-                },
-            };
-            self.start(fetch, slot);
-            return Some(Job {
-                fetch,
-                slot,
-                urgent: true,
-            });
-        }
-        None
-    }
-
-    /// Marks `fetch` as loading, and whatever its slot held as absent.
-    fn start(&mut self, fetch: u32, slot: Option<u32>) {
-        if let Some(slot) = slot {
-            if let Slot::Holds(old) = self.slots[slot as usize] {
-                let old = &mut self.fetches[old as usize];
-                old.phase = Phase::Absent;
-                old.slot = None;
-            }
-            self.slots[slot as usize] = Slot::Holds(fetch);
-        }
-        let state = &mut self.fetches[fetch as usize];
-        state.phase = Phase::Loading;
-        state.slot = slot;
-        state.done.fill(0);
-        state.lost = false;
-        state.outstanding = self.layout.fetches[fetch as usize].request_count;
-    }
-
-    /// The slot that a failed attempt left at this layer's place, else one that nobody needs, else the one whose layer is
-    /// due last, if that is later than `distance`.
-    fn slot_for(&self, layer: u32, distance: u32) -> Option<u32> {
-        if let Some(kept) = self.kept_slot(layer) {
-            return (self.layers[layer as usize].leases == 0).then_some(kept);
-        }
-        let mut best: Option<(u32, u32)> = None;
-        for slot in self.candidate_slots(layer) {
-            match self.slots[slot as usize] {
-                Slot::Free => return Some(slot),
-                Slot::Quarantined => {}
-                Slot::Holds(fetch) => {
-                    let holder = self.layers_of_fetch[fetch as usize][0];
-                    let (phase, state) = (
-                        self.fetches[fetch as usize].phase,
-                        &self.layers[holder as usize],
-                    );
-                    let due = self.order.distance(holder).saturating_add(1);
-                    if phase == Phase::Loading || state.leases > 0 {
-                        continue;
-                    }
-                    if phase == Phase::Absent {
-                        return Some(slot);
-                    }
-                    if state.waiters == 0
-                        && due > distance
-                        && best.is_none_or(|(_, latest)| due > latest)
-                    {
-                        best = Some((slot, due));
-                    }
-                }
-            }
-        }
-        best.map(|(slot, _)| slot)
-    }
-
-    /// The slot that still lies at the place of a layer whose last read failed.
-    fn kept_slot(&self, layer: u32) -> Option<u32> {
-        self.fetches[self.transient_fetch(layer)? as usize].slot
-    }
-
-    /// True when no slot is left that could ever serve `layer`: those it may use are quarantined.
-    #[must_use]
-    pub fn unservable(&self, layer: u32) -> bool {
-        self.transient_absent(layer)
-            && self
-                .candidate_slots(layer)
-                .all(|slot| self.slots[slot as usize] == Slot::Quarantined)
-    }
-
-    fn candidate_slots(&self, layer: u32) -> std::ops::Range<u32> {
-        match self.layout.fixed_slot[layer as usize] {
-            Some(slot) => slot..slot + 1,
-            None => 0..self.layout.slots_count,
-        }
-    }
-
-    fn transient_fetch(&self, layer: u32) -> Option<u32> {
-        let last = *self.layout.of_layer[layer as usize].last()?;
-        self.layout.fetches[last as usize]
-            .transient_of
-            .map(|_| last)
-    }
-
-    fn transient_absent(&self, layer: u32) -> bool {
-        self.transient_fetch(layer)
-            .is_some_and(|fetch| self.fetches[fetch as usize].phase == Phase::Absent)
     }
 
     // ---- completions ----------------------------------------------------------------------------------------
@@ -502,6 +350,7 @@ impl State {
         }
         let state = &self.fetches[fetch as usize];
         if state.outstanding > 0 {
+            self.show_arrivals(fetch);
             return Outcome::Pending;
         }
         let requests = self.layout.fetches[fetch as usize].request_count;
@@ -547,6 +396,10 @@ impl State {
         for index in 0..self.layers_of_fetch[fetch as usize].len() {
             let layer = self.layers_of_fetch[fetch as usize][index];
             self.forget_demand(layer);
+            self.show(layer);
+            if let Some(board) = &self.board {
+                board.answer_failure(layer);
+            }
         }
         let usable = self
             .slots
@@ -569,8 +422,74 @@ impl State {
             let layer = self.layers_of_fetch[fetch as usize][index];
             if self.ready(layer, Need::Whole) {
                 self.forget_demand(layer);
+                let state = &mut self.layers[layer as usize];
+                state.closing = false;
+                state.ready_since = self.board.as_ref().map(|_| Instant::now());
             }
+            self.show(layer);
         }
+    }
+
+    // ---- what clients of the daemon see ---------------------------------------------------------------------
+
+    /// Shows a layer's state on the board, where there is one.
+    pub(super) fn show(&self, layer: u32) {
+        let Some(board) = &self.board else { return };
+        let mut flags = 0;
+        let state = &self.layers[layer as usize];
+        if !state.closing {
+            let fetches = &self.layout.of_layer[layer as usize];
+            let resident = fetches.iter().all(|fetch| {
+                let absent = self.fetches[*fetch as usize].phase != Phase::Ready;
+                !absent || self.layout.fetches[*fetch as usize].transient_of.is_some()
+            });
+            flags |= if resident { board::RESIDENT } else { 0 };
+            flags |= if self.ready(layer, Need::Whole) {
+                board::READY
+            } else {
+                0
+            };
+        }
+        flags |= if state.error.is_some() || self.fatal.is_some() {
+            board::FAILED
+        } else {
+            0
+        };
+        board.show(layer, flags, self.arrived_pages(layer));
+    }
+
+    /// Shows every layer anew.
+    pub fn show_all(&self) {
+        for layer in 0..self.layers.len() as u32 {
+            self.show(layer);
+        }
+    }
+
+    fn show_arrivals(&self, fetch: u32) {
+        if self.board.is_some()
+            && let Some(layer) = self.layout.fetches[fetch as usize].transient_of
+        {
+            self.show(layer);
+        }
+    }
+
+    /// Pages of the layer's transient run that are in memory, counted from its first.
+    fn arrived_pages(&self, layer: u32) -> u32 {
+        let Some(fetch) = self.transient_fetch(layer) else {
+            return 0;
+        };
+        let (state, entry) = (
+            &self.fetches[fetch as usize],
+            &self.layout.fetches[fetch as usize],
+        );
+        if state.phase == Phase::Absent || self.layers[layer as usize].closing {
+            return 0;
+        }
+        let missing = (0..entry.request_count).find(|request| !bit(&state.done, *request));
+        let bytes = missing.map_or(entry.len_bytes, |request| {
+            u64::from(request) * self.layout.request_bytes
+        });
+        u32::try_from(bytes / self.layout.page_bytes).unwrap_or(u32::MAX)
     }
 
     /// The slot that `fetch` is read into or lies in.

@@ -1,6 +1,7 @@
 //! The state machine against simulated hosts and a simulated drive that completes late, out of order, and fails.
 
 use super::*;
+use crate::engine::LEASES_MAX;
 use crate::engine::layout::Fetch;
 use crate::plan::PageRun;
 use proptest::prelude::*;
@@ -58,7 +59,7 @@ fn read_all(state: &mut State, requests: u32) -> Vec<Job> {
 
 #[test]
 fn prefetch_fills_the_slots_and_all_resident_pages() {
-    let mut state = State::new(layout(6, 3, 2, false));
+    let mut state = State::new(layout(6, 3, 2, false), None);
     let jobs = read_all(&mut state, 2);
     let transient: Vec<u32> = jobs
         .iter()
@@ -79,7 +80,7 @@ fn prefetch_fills_the_slots_and_all_resident_pages() {
 
 #[test]
 fn a_released_layer_gives_its_slot_to_the_next_one_due_and_the_pass_wraps() {
-    let mut state = State::new(layout(4, 3, 1, false));
+    let mut state = State::new(layout(4, 3, 1, false), None);
     read_all(&mut state, 1);
     let mut loads = Vec::new();
     for layer in [0, 1, 2, 3, 0, 1, 2, 3] {
@@ -96,7 +97,7 @@ fn a_released_layer_gives_its_slot_to_the_next_one_due_and_the_pass_wraps() {
 
 #[test]
 fn a_leased_layer_keeps_its_slot() {
-    let mut state = State::new(layout(8, 3, 1, false));
+    let mut state = State::new(layout(8, 3, 1, false), None);
     read_all(&mut state, 1);
     for layer in 0..3 {
         state.lease(layer, 1).unwrap();
@@ -116,7 +117,7 @@ fn a_leased_layer_keeps_its_slot() {
 
 #[test]
 fn a_range_is_ready_before_its_layer() {
-    let mut state = State::new(layout(2, 2, 4, false));
+    let mut state = State::new(layout(2, 2, 4, false), None);
     let mut job = state.pick().unwrap();
     while job.slot.is_none() {
         finish(&mut state, job.fetch, 4);
@@ -140,7 +141,7 @@ fn a_range_is_ready_before_its_layer() {
 
 #[test]
 fn a_failed_read_fails_the_layer_once_and_frees_the_slot() {
-    let mut state = State::new(layout(5, 2, 2, false));
+    let mut state = State::new(layout(5, 2, 2, false), None);
     let job = loop {
         let job = state.pick().unwrap();
         if job.slot.is_some() {
@@ -174,7 +175,7 @@ fn a_failed_read_fails_the_layer_once_and_frees_the_slot() {
 
 #[test]
 fn a_slot_that_the_kernel_keeps_is_never_used_again() {
-    let mut state = State::new(layout(5, 2, 1, false));
+    let mut state = State::new(layout(5, 2, 1, false), None);
     let error = || Err(Error::new(ErrorKind::Timeout, "stuck"));
     let mut lost = Vec::new();
     for layer in [0, 1] {
@@ -204,7 +205,7 @@ fn a_slot_that_the_kernel_keeps_is_never_used_again() {
 
 #[test]
 fn leases_are_counted_and_bounded() {
-    let mut state = State::new(layout(2, 2, 1, false));
+    let mut state = State::new(layout(2, 2, 1, false), None);
     read_all(&mut state, 1);
     state.lease(0, 1).unwrap();
     state.lease(0, 1).unwrap();
@@ -238,7 +239,7 @@ proptest! {
         choices in prop::collection::vec((any::<u8>(), any::<u8>()), 400..1200),
     ) {
         let requests = 3;
-        let mut state = State::new(layout(layer_count, slots_count, requests, fixed));
+        let mut state = State::new(layout(layer_count, slots_count, requests, fixed), None);
         let mut host: Vec<Host> = (0..hosts as u32).map(|index| Host::Wants(index % layer_count)).collect();
         let mut flying: Vec<(u32, u32)> = Vec::new();
         let mut served = 0u64;

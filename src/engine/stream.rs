@@ -8,7 +8,9 @@
 // this module and `state` are there to keep, so the promise is made here and not hidden behind a safe-looking wrapper.
 #![allow(unsafe_code)]
 
+use super::board::Board;
 use super::layout::Layout;
+use super::share::Member;
 use super::state::{Job, Outcome, State};
 use super::trace::{Part, Trace};
 use crate::error::{Error, ErrorKind, Result};
@@ -65,12 +67,22 @@ pub struct Started {
     pub fallback: Option<String>,
 }
 
+/// What a model in the daemon shares with others; nothing of a model in its host's process.
+#[derive(Debug, Clone, Default)]
+pub struct Shared {
+    /// Its clients.
+    pub board: Option<Arc<Board>>,
+    /// Its part of the drive.
+    pub share: Option<Arc<Member>>,
+}
+
 /// Body of the thread. The reader is made here because its ring belongs to the thread that made it.
 pub fn run(
     core: &Arc<Core>,
     layout: &Layout,
     files: &Arc<[ShardFile]>,
     options: &ReaderOptions,
+    shared: &Shared,
     started: &SyncSender<Result<Started>>,
 ) {
     // Signals are the host's business; a handler running here would stall the drive.
@@ -94,6 +106,8 @@ pub fn run(
         core,
         layout,
         files,
+        board: shared.board.as_deref(),
+        share: shared.share.as_deref(),
         reader,
         queue: VecDeque::with_capacity(1024),
         completions: Vec::with_capacity(256),
@@ -113,6 +127,8 @@ struct Stream<'a> {
     core: &'a Arc<Core>,
     layout: &'a Layout,
     files: &'a Arc<[ShardFile]>,
+    board: Option<&'a Board>,
+    share: Option<&'a Member>,
     reader: Reader,
     queue: VecDeque<Queued>,
     completions: Vec<Completion>,
@@ -128,8 +144,9 @@ impl Stream<'_> {
                 self.give_up(Error::new(ErrorKind::Io, context));
                 return;
             }
+            let patience = self.board.and_then(|_| self.core.state().look_again());
             if let Err(error) =
-                submitted.and_then(|()| self.reader.wait(None, &mut self.completions))
+                submitted.and_then(|()| self.reader.wait(patience, &mut self.completions))
             {
                 self.give_up(error);
                 return;
@@ -141,19 +158,27 @@ impl Stream<'_> {
     /// Starts fetches until the reader has enough to do, or nothing is left to start.
     fn refill(&mut self) {
         while self.queue.len() < self.reader.free() {
-            let job = {
-                let mut state = self.core.state();
-                let job = state.pick();
-                state.hungry = job.is_none();
-                job
-            };
-            let Some(job) = job else { return };
+            let Some(job) = self.next_job() else { return };
             if let Err(error) = self.begin(job) {
                 let mut state = self.core.state();
                 state.failed_to_start(job.fetch, &error);
                 self.notify(&state);
             }
         }
+    }
+
+    fn next_job(&self) -> Option<Job> {
+        let mut state = self.core.state();
+        let mut job = state.pick();
+        if let Some(board) = self.board {
+            board.set_starving(job.is_none());
+            if job.is_none() {
+                // A client that released before it could see this will not tell: look once more.
+                job = state.pick();
+            }
+        }
+        state.hungry = job.is_none();
+        job
     }
 
     /// Aims the slot and queues the requests of a fetch.
@@ -190,7 +215,16 @@ impl Stream<'_> {
     }
 
     fn submit(&mut self) -> Result<()> {
+        let depth = self.reader.free() + self.reader.in_flight();
+        if let Some(share) = self.share {
+            share.set_busy(!self.queue.is_empty() || self.reader.in_flight() > 0);
+        }
         while self.reader.free() > 0 {
+            if let Some(share) = self.share
+                && self.reader.in_flight() >= share.allowance(depth)
+            {
+                break;
+            }
             let Some(queued) = self.queue.pop_front() else {
                 break;
             };
@@ -317,6 +351,7 @@ impl Stream<'_> {
         log::error!("the reader stopped: {error}");
         let mut state = self.core.state();
         state.fatal = Some(error);
+        state.show_all();
         self.notify(&state);
     }
 

@@ -21,7 +21,7 @@ pub struct Asked {
     pub thread: u64,
 }
 
-/// Asks the stream for a layer and sleeps until it is there; leases it.
+/// Asks the stream for a layer and sleeps until it is there; leases it. True for a new lease.
 ///
 /// # Errors
 /// `Busy` for a wait that could last for ever, `Again` and `Timeout`, and what the drive said.
@@ -31,7 +31,7 @@ pub fn wait(
     mut state: MutexGuard<'_, State>,
     asked: Asked,
     timeout: Option<Duration>,
-) -> Result<()> {
+) -> Result<bool> {
     let layer = asked.layer;
     if let Some(error) = &state.fatal {
         return Err(error.clone());

@@ -22,7 +22,8 @@ pub extern "C" fn flea_abi_version() -> u32 {
 /// `options`: NULL for the defaults. Neither is kept, except options->host_pending_bytes.
 /// `out`: receives the model; give it to flea_model_close. Set to NULL on failure.
 /// Threads: any. Do not fork and use the model in the child: its memory is not there.
-/// Returns FLEA_OK or: NOTFOUND, PERM, IO, FORMAT, TRUNCATED, UNSUPPORTED (the file), REFUSED (the budget), NOMEM, INVALID.
+/// Returns FLEA_OK or: NOTFOUND, PERM, IO, FORMAT, TRUNCATED, UNSUPPORTED (the file), REFUSED (the budget), NOMEM, INVALID,
+/// CONN (no daemon answers at options->endpoint).
 ///
 /// # Safety
 /// Pointers are NULL or as described.
@@ -167,6 +168,9 @@ pub unsafe extern "C" fn flea_layer_of(model: *const flea_model, addr: *const c_
 /// Leases are counted: release as often as you acquire. Hold few: the ring has flea_info.slots_count slots.
 /// Threads: any. Returns FLEA_OK or: AGAIN, TIMEOUT, BUSY (this thread holds what it would wait for), REFUSED (a deferred
 /// plan does not fit), IO, TRUNCATED, CHANGED, NOMEM, INVALID. After an error the next acquire reads again.
+/// Through a daemon also CONN (it went away) and REVOKED (it took a lease back that was held for too long while others
+/// waited): both are final for this model; close it and open it again. Held layers stay mapped, but after REVOKED their
+/// bytes may change.
 ///
 /// # Safety
 /// `model` is open.

@@ -2,10 +2,12 @@
 
 use super::types::{flea_info, flea_model, flea_open_options, flea_stats_data, flea_tensor};
 use super::{invalid, types};
-use crate::engine::{BudgetSpec, Model, OpenOptions};
+use crate::engine::{BudgetSpec, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{ReaderKind, ReaderOptions};
 use crate::mem::Backing;
+use crate::proto::Opened;
+use crate::proto::opened::Endpoint;
 use crate::units::MemorySpec;
 use std::ffi::{CStr, CString, OsStr, c_char};
 use std::os::unix::ffi::OsStrExt;
@@ -16,7 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// A model and the strings that C holds pointers to.
 #[derive(Debug)]
 pub struct Handle {
-    pub model: Model,
+    pub model: Opened,
     names: Vec<CString>,
     architecture: CString,
     pending: *const u64,
@@ -32,10 +34,16 @@ unsafe impl Sync for Handle {}
 impl Handle {
     pub fn open(path: PathBuf, options: &flea_open_options) -> Result<Self> {
         let pending_bytes = Arc::new(AtomicU64::new(0));
+        // SAFETY: NULL or a string that is valid during the call, by flea_model_open's contract.
+        let endpoint = unsafe { text(options.endpoint, "endpoint") }?;
+        let endpoint = endpoint.map_or(Ok(Endpoint::Local), Endpoint::parse)?;
+        if endpoint != Endpoint::Local {
+            refuse_local_options(options)?;
+        }
         let parsed = parse_options(options, Arc::clone(&pending_bytes))?;
         let handle_pending = options.host_pending_bytes;
         read_pending(handle_pending, &pending_bytes);
-        let model = Model::open(&path, parsed)?;
+        let model = Opened::open(&path, &endpoint, parsed)?;
         let text = |text: &str| CString::new(text.replace('\0', "?")).unwrap_or_default();
         let names = model
             .catalog()
@@ -79,7 +87,7 @@ impl Handle {
             },
             model_bytes: catalog.model_bytes,
             host_tensor_bytes: catalog.host_tensor_bytes,
-            slot_bytes: plan.map_or(0, |plan| plan.slot_pages * plan.page_bytes),
+            slot_bytes: plan.map_or(0, |plan| plan.slot_bytes),
             total_bytes: budget.map_or(0, |budget| budget.total_bytes),
             host_bytes: budget.map_or(0, |budget| budget.host_bytes),
             weight_budget_bytes: budget.map_or(0, |budget| budget.weight_budget_bytes),
@@ -153,7 +161,7 @@ impl Handle {
 /// # Safety
 /// `model` is open and stays so.
 #[cfg(feature = "run")]
-pub unsafe fn model_of<'a>(model: *const flea_model) -> &'a Model {
+pub unsafe fn model_of<'a>(model: *const flea_model) -> &'a Opened {
     // SAFETY: a flea_model* is a Handle made by flea_model_open, alive by this function's contract.
     unsafe { &(*model.cast::<Handle>()).model }
 }
@@ -174,6 +182,26 @@ fn reader_number(kind: ReaderKind) -> u32 {
     }
 }
 
+/// Memory, slots and reader are the daemon's: a host that sets them expects something that it would not get.
+fn refuse_local_options(options: &flea_open_options) -> Result<()> {
+    let set = [
+        ("pool_bytes", options.pool_bytes != 0),
+        ("memory", !options.memory.is_null()),
+        ("backing", options.backing == types::FLEA_BACKING_PRIVATE),
+        ("reader", options.reader != types::FLEA_READER_AUTO),
+        ("slots_count", options.slots_count != 0),
+        ("page_bytes", options.page_bytes != 0),
+        ("request_bytes", options.request_bytes != 0),
+        ("depth", options.depth != 0),
+    ];
+    match set.iter().find(|(_, set)| *set) {
+        None => Ok(()),
+        Some((name, _)) => Err(invalid(format!(
+            "{name} is set, and so is the endpoint of a daemon, which has a {name} of its own; leave it out, or set it there (flead.toml, flea-ctl budget)"
+        ))),
+    }
+}
+
 fn parse_options(
     options: &flea_open_options,
     host_pending_bytes: Arc<AtomicU64>,
@@ -186,12 +214,6 @@ fn parse_options(
         )));
     }
     // SAFETY: NULL or a string that is valid during the call, by flea_model_open's contract.
-    if let Some(endpoint) = unsafe { text(options.endpoint, "endpoint") }? {
-        let context =
-            format!("endpoint '{endpoint}': this libflea works in process only; pass NULL");
-        return Err(Error::new(ErrorKind::Unsupported, context));
-    }
-    // SAFETY: as above.
     let memory = unsafe { text(options.memory, "memory") }?;
     let budget = match (options.pool_bytes, memory) {
         (0, None) => BudgetSpec::Memory(MemorySpec::Auto),
@@ -236,6 +258,7 @@ fn parse_options(
         },
         page_bytes: (options.page_bytes != 0).then_some(u64::from(options.page_bytes)),
         host_pending_bytes,
+        ..defaults
     })
 }
 

@@ -100,7 +100,8 @@ pub struct flea_open_options {
     /// The budget of the whole process when pool_bytes is 0: "4GiB", or "50%" (weights: half of the model); NULL = all
     /// that is free. Read during the call only.
     pub memory: *const c_char,
-    /// NULL = in this process; "unix:PATH" = the daemon. Read during the call only.
+    /// NULL = in this process; "unix:PATH" = the daemon that listens there. Memory, slots, pages and reader are then the
+    /// daemon's: leave those fields 0, or the call is INVALID. Read during the call only.
     pub endpoint: *const c_char,
     /// Optional: bytes this host has reserved but not touched yet (KV cache, compute memory). Read once, when the plan
     /// is made; with FLEA_OPEN_DEFER_PLAN that is in the first acquire or hint, and it must be valid until then.

@@ -10,12 +10,12 @@ use std::sync::Arc;
 
 use llama_cpp_sys_2 as llama;
 
-use crate::engine::Model;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ffi::calls;
 use crate::ffi::handle::model_of;
 use crate::ffi::types::{self, flea_info, flea_model, flea_open_options, flea_stats_data};
 use crate::host::session::Figures;
+use crate::proto::Opened;
 
 #[repr(C)]
 struct Config {
@@ -39,6 +39,8 @@ unsafe extern "C" {
 pub struct StreamOptions {
     /// Memory for everything the process holds, as in `FLEA_MEMORY`; `None` = automatic.
     pub memory: Option<String>,
+    /// The daemon to stream from, `unix:PATH`; `None` = in this process. Everything else is then the daemon's.
+    pub endpoint: Option<String>,
     /// FLEA_BACKING_*.
     pub backing: u32,
     /// FLEA_READER_*.
@@ -114,6 +116,12 @@ impl Streamed {
             .map(CString::new)
             .transpose()
             .map_err(nul)?;
+        let endpoint = options
+            .endpoint
+            .clone()
+            .map(CString::new)
+            .transpose()
+            .map_err(nul)?;
         // SAFETY: all-zero is a valid flea_open_options: the defaults (include/flea.h).
         let mut raw: flea_open_options = unsafe { std::mem::zeroed() };
         raw.struct_size = size_of::<flea_open_options>() as u32;
@@ -125,6 +133,9 @@ impl Streamed {
         raw.depth = options.depth;
         raw.flags = types::FLEA_OPEN_DEFER_PLAN;
         raw.memory = memory
+            .as_ref()
+            .map_or(std::ptr::null(), |text| text.as_ptr());
+        raw.endpoint = endpoint
             .as_ref()
             .map_or(std::ptr::null(), |text| text.as_ptr());
         // SAFETY: the pointer is valid for the life of the program (ggml-flea.h).
@@ -187,7 +198,7 @@ impl Streamed {
 
 impl Handle {
     /// The model behind the handle: what the C ABI has no call for.
-    pub(crate) fn model(&self) -> &Model {
+    pub(crate) fn model(&self) -> &Opened {
         // SAFETY: opened by flea_model_open, which gives a live handle, and closed only in Drop.
         unsafe { model_of(self.0) }
     }

@@ -160,6 +160,15 @@ impl ShardFile {
         })
     }
 
+    /// Where the open file really lies, links resolved, as the kernel says now.
+    ///
+    /// # Errors
+    /// What /proc/self/fd says.
+    pub fn real_path(&self) -> Result<PathBuf> {
+        let link = format!("/proc/self/fd/{}", self.weights.as_raw_fd());
+        std::fs::read_link(&link).map_err(|error| Error::from_io(&error, link))
+    }
+
     /// Where it was opened.
     #[must_use]
     pub fn path(&self) -> &Path {

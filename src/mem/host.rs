@@ -370,6 +370,55 @@ pub(super) fn seal_size(fd: &OwnedFd) -> Result<()> {
     Ok(())
 }
 
+/// True when the file behind `fd` can never become shorter.
+pub(super) fn sealed_against_shrinking(fd: &OwnedFd) -> bool {
+    // SAFETY: a plain call on a descriptor that we own.
+    let seals = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) };
+    seals >= 0 && seals & libc::F_SEAL_SHRINK != 0
+}
+
+/// Maps the first `len` bytes of `fd` anywhere, shared with whoever maps that file.
+pub(super) fn map_words(fd: BorrowedFd<'_>, len: usize, writable: bool) -> Result<usize> {
+    let protection = if writable {
+        Protection::ReadWrite
+    } else {
+        Protection::Read
+    };
+    // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing; the fd is open for the call.
+    let got = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            len,
+            protection.bits(),
+            libc::MAP_SHARED,
+            fd.as_raw_fd(),
+            0,
+        )
+    };
+    if got == libc::MAP_FAILED {
+        return Err(failed("map shared words,", 0, len));
+    }
+    // SAFETY: the mapping made just now.
+    unsafe { dont_fork(got as usize, len)? };
+    Ok(got as usize)
+}
+
+/// Gives all memory of a file back to the system, also where other processes still map it: they see zeros.
+pub(super) fn punch_whole(fd: BorrowedFd<'_>, len: usize) -> Result<()> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: a plain call on a descriptor that is open for the call.
+    if unsafe { libc::fallocate(fd.as_raw_fd(), mode, 0, len as libc::off_t) } != 0 {
+        return Err(Error::last_os(format!("give {len} bytes of a pool back")));
+    }
+    Ok(())
+}
+
+/// Bytes of memory that a file holds now.
+pub(super) fn held_bytes(fd: BorrowedFd<'_>) -> u64 {
+    // st_blocks counts units of 512 bytes on every filesystem.
+    nix::sys::stat::fstat(fd).map_or(0, |stat| u64::try_from(stat.st_blocks).unwrap_or(0) * 512)
+}
+
 /// Opens the file behind `fd` again, for reading only: what a client may be given.
 pub(super) fn reopen_read_only(fd: BorrowedFd<'_>) -> Result<OwnedFd> {
     let link = format!("/proc/self/fd/{}", fd.as_raw_fd());

@@ -208,9 +208,37 @@ pub(super) fn mapping_header(line: &str) -> Option<((usize, usize), &str)> {
 
 /// Which of the two cgroup interfaces a directory speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Version {
+pub enum CgroupVersion {
+    /// One hierarchy per controller.
     V1,
+    /// One hierarchy for all.
     V2,
+}
+use CgroupVersion as Version;
+
+/// The cgroup directories that this process is in and that count memory, of both interfaces where a machine has both.
+#[must_use]
+pub fn own_memory_cgroups() -> Vec<(PathBuf, CgroupVersion)> {
+    let (Ok(own), Ok(mounts)) = (read("/proc/self/cgroup"), read("/proc/self/mountinfo")) else {
+        return Vec::new();
+    };
+    [Version::V1, Version::V2]
+        .into_iter()
+        .filter_map(|version| {
+            let directory = cgroup_directories(&own, &mounts, version)
+                .into_iter()
+                .next()?;
+            // A v2 mount beside v1 hierarchies has no memory controller; the root of v2 has none of these files.
+            let counter = match version {
+                Version::V1 => "memory.usage_in_bytes",
+                Version::V2 => "memory.current",
+            };
+            directory
+                .join(counter)
+                .exists()
+                .then_some((directory, version))
+        })
+        .collect()
 }
 
 /// Every directory from our memory cgroup up to the root of its mount that sets a limit, with what is free under it.

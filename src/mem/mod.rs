@@ -9,6 +9,7 @@ pub mod limits;
 pub mod pool;
 pub mod topology;
 pub mod window;
+pub mod words;
 
 mod behind;
 mod fill;
@@ -16,8 +17,11 @@ mod host;
 mod private;
 mod report;
 mod shared;
+mod view;
 
 pub use pool::{Backing, Pool, PoolOptions};
 pub use report::{Fallback, PageProbe, PageReport, PageSource};
 pub use topology::{Binding, Topology};
+pub use view::PoolFile;
 pub use window::Windows;
+pub use words::SharedWords;

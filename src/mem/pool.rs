@@ -251,6 +251,15 @@ impl Pool {
         }
     }
 
+    /// Bytes of memory that the pool's file holds now, as the kernel counts; 0 in the private backing.
+    #[must_use]
+    pub fn held_bytes(&self) -> u64 {
+        match &self.store {
+            Store::Private(_) => 0,
+            Store::Shared(store) => store.held_bytes(),
+        }
+    }
+
     /// Where a client finds a resident run or a slot's run in [`Pool::read_only_fd`]: its file offset.
     #[must_use]
     pub fn file_offset_bytes(&self, run: &PageRun) -> Option<u64> {

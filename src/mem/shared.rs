@@ -193,6 +193,10 @@ impl Shared {
     pub(super) fn read_only_fd(&self) -> Result<OwnedFd> {
         host::reopen_read_only(self.memory.fd.as_fd())
     }
+
+    pub(super) fn held_bytes(&self) -> u64 {
+        host::held_bytes(self.memory.fd.as_fd())
+    }
 }
 
 impl Drop for Shared {
@@ -332,6 +336,10 @@ impl Drop for Memory {
         // SAFETY: our own mapping; no slot is quarantined, so nobody writes here any more.
         if let Err(error) = unsafe { host::unmap(self.base, self.len) } {
             log::error!("shared pool not given back: {error}");
+        }
+        // A client that still maps the file would keep its memory alive: its leases are back, so it has no use for it.
+        if let Err(error) = host::punch_whole(self.fd.as_fd(), self.len) {
+            log::error!("shared pool: {error}");
         }
     }
 }

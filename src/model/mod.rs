@@ -14,6 +14,7 @@ mod cursor;
 pub mod dtype;
 pub mod gguf;
 mod head;
+pub mod records;
 pub mod roles;
 pub mod safetensors;
 mod value;

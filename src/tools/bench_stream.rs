@@ -13,9 +13,10 @@ use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 
-use crate::engine::{Model, Stats};
+use crate::engine::Stats;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mem::limits;
+use crate::proto::Opened;
 use crate::units::{Extent, MIB};
 
 /// How long one acquire waits before it looks whether it should stop.
@@ -73,7 +74,7 @@ impl Outcome {
 ///
 /// # Errors
 /// What an acquire gives; `Canceled` when `stop` is raised.
-pub fn measure(model: &Model, passes_count: u32, stop: &AtomicBool) -> Result<Outcome> {
+pub fn measure(model: &Opened, passes_count: u32, stop: &AtomicBool) -> Result<Outcome> {
     let cpu_before = cpu_seconds()?;
     let bytes_before = model.stats().bytes_read;
     let kernel_before = kernel_read_bytes();
@@ -98,7 +99,7 @@ pub fn measure(model: &Model, passes_count: u32, stop: &AtomicBool) -> Result<Ou
     })
 }
 
-fn walk(model: &Model, stop: &AtomicBool) -> Result<Pass> {
+fn walk(model: &Opened, stop: &AtomicBool) -> Result<Pass> {
     let bytes_before = model.stats().bytes_read;
     let began = Instant::now();
     for layer in 0..model.catalog().layers.len() as u32 {
@@ -112,7 +113,7 @@ fn walk(model: &Model, stop: &AtomicBool) -> Result<Pass> {
 }
 
 /// Waits as long as it takes, but not when asked to stop.
-fn acquire(model: &Model, layer: u32, stop: &AtomicBool) -> Result<()> {
+fn acquire(model: &Opened, layer: u32, stop: &AtomicBool) -> Result<()> {
     loop {
         if stop.load(Ordering::Relaxed) {
             return Err(Error::new(ErrorKind::Canceled, "interrupted"));
@@ -146,7 +147,7 @@ fn cpu_seconds() -> Result<f64> {
 ///
 /// # Errors
 /// `Checksum` naming the first layer, file and offset that differ; what an acquire or the plain read gives.
-pub fn verify(model: &Model, stop: &AtomicBool) -> Result<u64> {
+pub fn verify(model: &Opened, stop: &AtomicBool) -> Result<u64> {
     // Weights are seen through /proc, as another process would see them: this room has no unsafe code, and a place
     // that is not readable is an error here and no crash.
     let memory = open(Path::new("/proc/self/mem"))?;
@@ -172,7 +173,7 @@ fn open(path: &Path) -> Result<File> {
     File::open(path).map_err(|error| Error::from_io(&error, format!("open {}", path.display())))
 }
 
-fn compare(model: &Model, memory: &File, file: &File, extent: &Extent, label: &str) -> Result<()> {
+fn compare(model: &Opened, memory: &File, file: &File, extent: &Extent, label: &str) -> Result<()> {
     let path = &model.catalog().shards[extent.shard_index as usize].path;
     let mut expected = vec![0; STEP_BYTES as usize];
     let mut found = vec![0; STEP_BYTES as usize];

@@ -1,0 +1,680 @@
+//! The daemon against clients that behave, that die, and that lie: bytes, counters, memory.
+
+mod common;
+#[path = "common/daemon.rs"]
+mod support;
+
+use flea::ErrorKind;
+use flea::engine::board::place;
+use flea::mem::SharedWords;
+use flea::proto::message::{self, Method};
+use flea::proto::{Attached, Control, Socket};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
+use support::{Daemon, check_layer, random, walk};
+
+/// 12 layers of about 0.8 MB and a head.
+fn model() -> PathBuf {
+    common::synth(
+        "daemon",
+        &[
+            "--arch",
+            "llama",
+            "--layers",
+            "12",
+            "--embd",
+            "256",
+            "--ffn",
+            "704",
+            "--heads",
+            "4",
+            "--kv-heads",
+            "2",
+            "--vocab",
+            "2048",
+            "--type",
+            "q8_0",
+        ],
+    )
+}
+
+/// The smallest pool that the model plans with, on the daemon's slots.
+fn smallest(path: &Path) -> u64 {
+    let (catalog, _) = flea::engine::read_catalog(path).expect("a model");
+    let options = flea::plan::PlanOptions {
+        slots_count: 4,
+        page_bytes: 4096,
+    };
+    flea::plan::smallest_budget_bytes(&catalog, &options).expect("it can be planned")
+}
+
+fn only_model(daemon: &Daemon) -> flea::proto::snapshot::ModelState {
+    let status = daemon.status();
+    assert_eq!(status.models.len(), 1, "{status:?}");
+    status.models[0].clone()
+}
+
+#[test]
+fn every_byte_is_right_at_every_budget() {
+    let path = model();
+    let daemon = Daemon::start(&[]);
+    let least = smallest(&path);
+    let all = std::fs::metadata(&path).expect("metadata").len();
+    for budget in [least, least + all / 10, (least + all) / 2, all + (8 << 20)] {
+        daemon.budget(budget);
+        let model = daemon.attach(&path);
+        assert_eq!(
+            model.budget().weight_budget_bytes.min(budget),
+            model.budget().weight_budget_bytes
+        );
+        walk(&model, &path, 3);
+        let stats = model.stats();
+        let layers = model.catalog().layers.len() as u64;
+        assert_eq!((stats.acquires, stats.releases), (3 * layers, 3 * layers));
+        let streamed = model.figures().streamed_bytes_per_pass;
+        assert_eq!(streamed == 0, budget > all, "budget {budget}");
+        assert!(stats.bytes_read >= 2 * streamed, "{stats:?}");
+        let held = only_model(&daemon).pool_bytes;
+        assert!(held <= budget, "{held} of {budget}");
+    }
+}
+
+#[test]
+fn a_range_is_enough_where_a_range_is_asked_for() {
+    let path = model();
+    let daemon = Daemon::start(&[]);
+    daemon.budget(smallest(&path));
+    let model = daemon.attach(&path);
+    for layer in 0..model.catalog().layers.len() as u32 {
+        for used in model.catalog().layers[layer as usize].uses.clone() {
+            let extent = used.extent;
+            let address = model.address(extent.shard_index, extent.offset_bytes) as usize;
+            assert_eq!(model.layer_of(address), Some(layer));
+            let range = (address, extent.len_bytes as usize);
+            model
+                .acquire(layer, Some(range), None)
+                .expect("acquire a range");
+            model.acquire(layer, None, None).expect("the rest of it");
+            check_layer(&model, &path, layer);
+            model.release(layer).expect("release");
+            model.release(layer).expect("release");
+        }
+    }
+    let wrong = model
+        .acquire(0, Some((1, 1)), None)
+        .expect_err("no such address");
+    assert_eq!(wrong.kind(), ErrorKind::Invalid);
+    assert_eq!(
+        model
+            .acquire(999, None, None)
+            .expect_err("no such layer")
+            .kind(),
+        ErrorKind::Invalid
+    );
+    assert_eq!(
+        model.release(0).expect_err("not held").kind(),
+        ErrorKind::Invalid
+    );
+}
+
+#[test]
+fn an_acquire_that_does_not_wait_is_answered_at_once_and_served_later() {
+    let path = model();
+    let daemon = Daemon::start(&[]);
+    daemon.budget(smallest(&path));
+    let model = daemon.attach(&path);
+    let layer = model.catalog().layers.len() as u32 / 2;
+    let began = Instant::now();
+    while let Err(error) = model.acquire(layer, None, Some(Duration::ZERO)) {
+        assert_eq!(error.kind(), ErrorKind::Again);
+        assert!(began.elapsed() < Duration::from_secs(20));
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    check_layer(&model, &path, layer);
+    model.release(layer).expect("release");
+}
+
+#[test]
+fn two_clients_that_start_together_cost_the_drive_one() {
+    let path = model();
+    let daemon = Daemon::start(&[]);
+    daemon.budget((smallest(&path) + std::fs::metadata(&path).expect("metadata").len()) / 2);
+    let one = daemon.attach(&path);
+    walk(&one, &path, 1);
+    let before = only_model(&daemon).bytes_read_total;
+    walk(&one, &path, 20);
+    let alone = only_model(&daemon).bytes_read_total - before;
+    drop(one);
+    let together = Barrier::new(2);
+    let before = only_model(&daemon).bytes_read_total;
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let model = daemon.attach(&path);
+                together.wait();
+                walk(&model, &path, 20);
+            });
+        }
+    });
+    let state = only_model(&daemon);
+    let both = state.bytes_read_total - before;
+    assert!(alone > 10 * state.streamed_bytes_per_pass, "it streams");
+    assert!(
+        both * 10 <= alone * 12,
+        "two clients read {both}, one {alone}"
+    );
+}
+
+/// Not a test by itself: the process that [`a_client_that_is_killed_costs_nobody_anything`] starts and kills.
+#[test]
+fn child_process() {
+    let (Some(socket), Some(path)) = (
+        std::env::var_os("CHILD_SOCKET"),
+        std::env::var_os("CHILD_MODEL"),
+    ) else {
+        return;
+    };
+    let model = Attached::open(socket.as_ref(), path.as_ref()).expect("attached");
+    let mut seed = u64::from(std::process::id()) | 1;
+    loop {
+        for layer in 0..model.catalog().layers.len() as u32 {
+            model.acquire(layer, None, None).expect("acquire");
+            std::thread::sleep(Duration::from_micros(random(&mut seed, 3000)));
+            model.release(layer).expect("release");
+        }
+    }
+}
+
+fn child(daemon: &Daemon, path: &Path) -> std::process::Child {
+    Command::new(std::env::current_exe().expect("this test"))
+        .args(["--exact", "child_process", "--nocapture"])
+        .env("CHILD_SOCKET", &daemon.socket)
+        .env("CHILD_MODEL", path)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("a child")
+}
+
+#[test]
+fn a_client_that_is_killed_costs_nobody_anything() {
+    let path = model();
+    let daemon = Daemon::start(&[]);
+    daemon.budget(smallest(&path));
+    let rounds: u32 =
+        std::env::var("FLEA_TEST_KILLS").map_or(50, |text| text.parse().expect("a count"));
+    let stop = AtomicBool::new(false);
+    let passes = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let watcher = scope.spawn(|| {
+            let model = daemon.attach(&path);
+            while !stop.load(Ordering::Relaxed) {
+                walk(&model, &path, 1);
+                passes.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        daemon.until("the watcher attaches", Duration::from_secs(20), |s| {
+            s.clients.len() == 1
+        });
+        let files = open_files(daemon.pid());
+        let mut seed = 0x5eed;
+        for _ in 0..rounds {
+            let mut victim = child(&daemon, &path);
+            daemon.until("the victim attaches", Duration::from_secs(20), |s| {
+                s.clients.len() == 2
+            });
+            std::thread::sleep(Duration::from_millis(random(&mut seed, 30)));
+            victim.kill().expect("kill");
+            victim.wait().expect("wait");
+            // The kernel closes the connection before wait returns: what is left is the daemon's to do.
+            daemon.until("its leases are free", Duration::from_millis(100), |s| {
+                s.clients.len() == 1
+            });
+        }
+        stop.store(true, Ordering::Relaxed);
+        watcher.join().expect("the watcher never noticed");
+        assert!(passes.load(Ordering::Relaxed) > 0);
+        daemon.until("the watcher is gone", Duration::from_secs(5), |s| {
+            s.clients.is_empty()
+        });
+        assert!(
+            open_files(daemon.pid()) <= files,
+            "descriptors are left open"
+        );
+    });
+    assert_eq!(daemon.status().revoked_total, 0);
+}
+
+fn open_files(pid: i32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .expect("fds")
+        .count()
+}
+
+#[test]
+fn a_daemon_that_is_killed_is_an_error_within_a_second_and_can_be_reached_again() {
+    let path = model();
+    for budget in [smallest(&path), 64 << 20] {
+        let mut daemon = Daemon::start(&[]);
+        daemon.budget(budget);
+        let model = daemon.attach(&path);
+        walk(&model, &path, 1);
+        model.acquire(3, None, None).expect("acquire");
+        daemon.kill();
+        let killed = Instant::now();
+        // What is held stays readable.
+        check_layer(&model, &path, 3);
+        model.release(3).expect("release");
+        let error = 'walk: loop {
+            for layer in 0..model.catalog().layers.len() as u32 {
+                match model.acquire(layer, None, None) {
+                    Ok(()) => model.release(layer).expect("release"),
+                    Err(error) => break 'walk error,
+                }
+                assert!(killed.elapsed() < Duration::from_secs(1), "nobody noticed");
+            }
+        };
+        assert_eq!(error.kind(), ErrorKind::Connection, "{error}");
+        assert!(killed.elapsed() < Duration::from_secs(1));
+        let again = Attached::open(&daemon.socket, &path).expect_err("nobody is there");
+        assert_eq!(again.kind(), ErrorKind::Connection);
+        assert!(again.context().contains("flea.sock"), "{again}");
+        daemon.restart();
+        daemon.budget(budget);
+        walk(&daemon.attach(&path), &path, 1);
+    }
+}
+
+#[test]
+fn a_client_that_never_releases_is_given_up_and_the_others_go_on() {
+    let path = model();
+    let daemon = Daemon::start(&[("FLEA_LIMITS_LEASE_TIMEOUT", "1s")]);
+    daemon.budget(smallest(&path));
+    let miser = daemon.attach(&path);
+    let streamed = |layer: &u32| miser.acquire(*layer, None, None).is_ok();
+    let held: Vec<u32> = (0..12).filter(streamed).collect();
+    assert_eq!(
+        held.len(),
+        2,
+        "a client holds no more than slots - 2: {held:?}"
+    );
+    let honest = daemon.attach(&path);
+    walk(&honest, &path, 3);
+    let status = daemon.status();
+    assert_eq!((status.revoked_total, status.clients.len()), (1, 1));
+    let error = miser.acquire(11, None, None).expect_err("revoked");
+    assert_eq!(error.kind(), ErrorKind::Revoked);
+    assert_eq!(
+        miser.hint(&[0]).expect_err("revoked").kind(),
+        ErrorKind::Revoked
+    );
+    drop(miser);
+    walk(&daemon.attach(&path), &path, 1);
+}
+
+#[test]
+fn the_budget_changes_while_clients_run() {
+    let path = model();
+    let daemon = Daemon::start(&[]);
+    let all = std::fs::metadata(&path).expect("metadata").len();
+    let least = smallest(&path);
+    daemon.budget(all + (8 << 20));
+    let stop = AtomicBool::new(false);
+    let passes = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                let model = daemon.attach(&path);
+                while !stop.load(Ordering::Relaxed) {
+                    walk(&model, &path, 1);
+                    passes.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        daemon.until("all attach", Duration::from_secs(20), |s| {
+            s.clients.len() == 3
+        });
+        for round in 0..6 {
+            let budget = [least, all + (8 << 20), (least + all) / 2][round % 3];
+            daemon.budget(budget);
+            let state = only_model(&daemon);
+            assert!(
+                state.pool_bytes <= budget,
+                "{} held of {budget}",
+                state.pool_bytes
+            );
+            assert!(
+                shared_bytes(daemon.pid()) <= budget + (4 << 20),
+                "memory did not go back"
+            );
+            let before = passes.load(Ordering::Relaxed);
+            let began = Instant::now();
+            while passes.load(Ordering::Relaxed) < before + 3 {
+                assert!(began.elapsed() < Duration::from_secs(60), "nobody goes on");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let generation = only_model(&daemon).generation;
+    assert!(generation >= 6, "{generation} plans");
+    let model = daemon.attach(&path);
+    let mut control = daemon.control();
+    let refused = control.request("budget", json!({ "bytes": 4096 }));
+    let refused = refused.expect_err("less than works");
+    assert_eq!(refused.kind(), ErrorKind::Refused);
+    assert!(refused.context().contains(&least.to_string()), "{refused}");
+    walk(&model, &path, 1);
+}
+
+/// Shared memory that a process has mapped and filled.
+fn shared_bytes(pid: i32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
+    let line = text.lines().find_map(|line| line.strip_prefix("RssShmem:"));
+    let kib: u64 = line
+        .and_then(|line| line.trim().strip_suffix(" kB"))
+        .expect("RssShmem")
+        .trim()
+        .parse()
+        .expect("a number");
+    kib * 1024
+}
+
+#[test]
+fn two_models_share_the_memory_and_both_go_on() {
+    let one = model();
+    let two = common::synth(
+        "daemon-two",
+        &[
+            "--arch",
+            "qwen2",
+            "--layers",
+            "10",
+            "--embd",
+            "256",
+            "--ffn",
+            "704",
+            "--heads",
+            "4",
+            "--kv-heads",
+            "2",
+            "--vocab",
+            "2048",
+            "--type",
+            "q8_0",
+        ],
+    );
+    let daemon = Daemon::start(&[]);
+    let budget = smallest(&one) + smallest(&two) + (1 << 20);
+    daemon.budget(budget);
+    std::thread::scope(|scope| {
+        for path in [&one, &two, &one, &two] {
+            scope.spawn(|| walk(&daemon.attach(path), path, 5));
+        }
+    });
+    let status = daemon.status();
+    assert_eq!(status.models.len(), 2);
+    assert!(
+        status.pool_bytes <= budget && status.planned_bytes <= budget,
+        "{status:?}"
+    );
+    for model in &status.models {
+        assert!(
+            model.streamed_bytes_per_pass > 0
+                && model.bytes_read_total >= 5 * model.streamed_bytes_per_pass
+        );
+    }
+    // Nobody uses the first any more: it goes when the second wants its memory.
+    let mut control = daemon.control();
+    control
+        .request("unload", json!({ "model": status.models[0].path }))
+        .expect("unload");
+    let after = daemon.status();
+    assert_eq!(after.models.len(), 1);
+    assert!(after.models[0].weight_budget_bytes > status.models[1].weight_budget_bytes);
+    let error = control
+        .request("unload", json!({ "model": "77" }))
+        .expect_err("no such model");
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+}
+
+#[test]
+fn only_models_in_allowed_directories_are_opened() {
+    let path = model();
+    let directory = tempfile::tempdir().expect("a directory");
+    let inside = directory.path().join("m.gguf");
+    std::fs::copy(&path, &inside).expect("copy");
+    std::os::unix::fs::symlink(&path, directory.path().join("out.gguf")).expect("link");
+    std::os::unix::fs::symlink(&inside, directory.path().join("in.gguf")).expect("link");
+    let daemon = Daemon::start_in(directory.path(), &[]);
+    walk(&daemon.attach(&inside), &inside, 1);
+    walk(
+        &daemon.attach(&directory.path().join("in.gguf")),
+        &inside,
+        1,
+    );
+    assert_eq!(
+        daemon.status().models.len(),
+        1,
+        "a link is the model it points to"
+    );
+    let dots = format!(
+        "{}/../../../../../../../../../../etc/passwd",
+        directory.path().display()
+    );
+    for (path, kind) in [
+        (path.as_path(), ErrorKind::Permission),
+        (&directory.path().join("out.gguf"), ErrorKind::Permission),
+        (Path::new(&dots), ErrorKind::Permission),
+        (Path::new("/etc/passwd"), ErrorKind::Permission),
+        (Path::new("/nowhere/at/all"), ErrorKind::Permission),
+        (&directory.path().join("missing.gguf"), ErrorKind::NotFound),
+    ] {
+        let error = Attached::open(&daemon.socket, path).expect_err("refused");
+        assert_eq!(error.kind(), kind, "{}: {error}", path.display());
+    }
+    let relative = daemon
+        .control()
+        .request("load", json!({ "path": "m.gguf" }));
+    assert_eq!(relative.expect_err("relative").kind(), ErrorKind::Invalid);
+}
+
+/// A connection that has said hello, or has not.
+fn raw(daemon: &Daemon) -> Socket {
+    Socket::connect(&daemon.socket, Duration::from_secs(5)).expect("a connection")
+}
+
+#[test]
+fn hostile_clients_hurt_nobody_but_themselves() {
+    let path = model();
+    let mut daemon = Daemon::start(&[]);
+    daemon.budget(smallest(&path));
+    let stop = Arc::new(AtomicBool::new(false));
+    let honest = {
+        let (stop, path, socket) = (Arc::clone(&stop), path.clone(), daemon.socket.clone());
+        std::thread::spawn(move || {
+            let model = Attached::open(&socket, &path).expect("attached");
+            let mut passes = 0;
+            while !stop.load(Ordering::Relaxed) || passes == 0 {
+                walk(&model, &path, 1);
+                passes += 1;
+            }
+            passes
+        })
+    };
+    let mut seed = 0xbad_5eed;
+    // Noise instead of packets, of every length, before and after hello.
+    for round in 0..200 {
+        let socket = raw(&daemon);
+        if round % 2 == 0 {
+            let hello =
+                message::encode_request(Method::Hello, &json!({ "protocol": 1 })).expect("hello");
+            let _ = socket.send(&hello, &[], false);
+        }
+        for _ in 0..4 {
+            let len = random(&mut seed, 70_000) as usize + 1;
+            let noise: Vec<u8> = (0..len).map(|_| random(&mut seed, 256) as u8).collect();
+            let _ = socket.send(&noise, &[], true);
+        }
+    }
+    // Well-formed nonsense.
+    for method in Method::ALL {
+        for parameters in [
+            json!(null),
+            json!([]),
+            json!({"path": 7}),
+            json!({"path": "/etc", "x": 1}),
+            json!({"from": u64::MAX}),
+            json!({"layer": 4_000_000_000u32}),
+            json!({"layers": [4_000_000_000u32]}),
+            json!({"model": "\u{0}"}),
+            json!({"bytes": 0}),
+        ] {
+            let mut control = daemon.control();
+            let _ = control.call(method, &parameters);
+        }
+    }
+    let mut old = raw(&daemon);
+    let hello = message::encode_request(Method::Hello, &json!({ "protocol": 999 })).expect("hello");
+    old.send(&hello, &[], false).expect("send");
+    let answer = old
+        .receive(false, false)
+        .expect("an answer")
+        .expect("a packet");
+    let error = message::parse_reply(&answer.bytes).expect_err("another version");
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    old = raw(&daemon);
+    old.send(b"{\"method\":\"status\"}", &[], false)
+        .expect("send");
+    let answer = old
+        .receive(false, false)
+        .expect("an answer")
+        .expect("a packet");
+    assert_eq!(
+        message::parse_reply(&answer.bytes)
+            .expect_err("no hello")
+            .kind(),
+        ErrorKind::Invalid
+    );
+    // Descriptors that nobody asked for.
+    let null = std::fs::File::open("/dev/null").expect("null");
+    let files = open_files(daemon.pid());
+    for _ in 0..50 {
+        let socket = raw(&daemon);
+        use std::os::fd::AsRawFd;
+        let _ = socket.send(b"{}", &[null.as_raw_fd(); 3], false);
+        let _ = socket.receive(false, false);
+    }
+    // Connections that only stand there, and ones that leave in the middle.
+    let crowd: Vec<Option<Socket>> = (0..400)
+        .map(|_| Socket::connect(&daemon.socket, Duration::from_millis(200)).ok())
+        .collect();
+    daemon_is_well(&daemon, &path);
+    drop(crowd);
+    for _ in 0..50 {
+        let mut control = daemon.control();
+        let packet =
+            message::encode_request(Method::Attach, &json!({ "path": path })).expect("attach");
+        control.socket().send(&packet, &[], false).expect("send");
+        if random(&mut seed, 2) == 0 {
+            let _ = control.call(Method::Catalog, &json!({}));
+        }
+    }
+    daemon.until("all are gone", Duration::from_secs(10), |s| {
+        s.clients.len() <= 1 && s.connections <= 2
+    });
+    assert!(
+        open_files(daemon.pid()) <= files + 2,
+        "descriptors are left open"
+    );
+    assert!(daemon.alive());
+    assert!(daemon.status().refused_total > 0);
+    stop.store(true, Ordering::Relaxed);
+    assert!(honest.join().expect("the honest client never noticed") > 0);
+}
+
+/// One more client can still do its work. The crowd may have all places of one user: then it is told so.
+fn daemon_is_well(daemon: &Daemon, path: &Path) {
+    let began = Instant::now();
+    loop {
+        match Attached::open(&daemon.socket, path) {
+            Ok(model) => return walk(&model, path, 1),
+            Err(error) => assert!(
+                matches!(error.kind(), ErrorKind::Busy | ErrorKind::Connection),
+                "{error}"
+            ),
+        }
+        assert!(
+            began.elapsed() < Duration::from_secs(20),
+            "those who never said hello stay"
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn a_lying_control_page_is_given_up() {
+    let path = model();
+    let daemon = Daemon::start(&[]);
+    daemon.budget(smallest(&path));
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let honest = scope.spawn(|| {
+            let model = daemon.attach(&path);
+            let mut passes = 0;
+            while !stop.load(Ordering::Relaxed) {
+                walk(&model, &path, 1);
+                passes += 1;
+            }
+            passes
+        });
+        let mut seed = 0x11a5;
+        for round in 0..4 {
+            let mut liar = Control::connect(&daemon.socket).expect("a connection");
+            let packet = liar
+                .exchange(Method::Attach, &json!({ "path": path }))
+                .expect("attach");
+            let layers = message::parse_reply(&packet.bytes).expect("attached")["layers"]
+                .as_u64()
+                .expect("layers") as u32;
+            let mut descriptors = packet.descriptors.into_iter();
+            let area = SharedWords::map(
+                descriptors.next().expect("area"),
+                place::area_count(layers),
+                false,
+            )
+            .expect("area");
+            let page_fd = descriptors.next().expect("page");
+            let page = SharedWords::map(page_fd, place::page_count(layers), true).expect("page");
+            let kick = descriptors.next().expect("eventfd");
+            area.store(place::state(0), 77);
+            let began = Instant::now();
+            while page.load(place::REVOKED)
+                != u32::try_from(-ErrorKind::Revoked.status()).expect("positive")
+                && began.elapsed() < Duration::from_secs(5)
+            {
+                for index in (0..page.count()).filter(|index| *index != place::REVOKED) {
+                    let value = match round {
+                        0 => u32::MAX,
+                        1 => random(&mut seed, 1 << 32) as u32 | 1,
+                        _ => random(&mut seed, 3) as u32 + 1,
+                    };
+                    page.store(index, value);
+                }
+                let _ = nix::unistd::write(&kick, &1u64.to_ne_bytes());
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert!(
+                began.elapsed() < Duration::from_secs(5),
+                "round {round}: nobody stopped it"
+            );
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert!(honest.join().expect("the honest client got right bytes") > 0);
+    });
+    assert_eq!(daemon.status().revoked_total, 4);
+}
