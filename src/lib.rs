@@ -9,6 +9,7 @@
 //! * [`mem`]: windows that mirror the files at constant addresses, and the pool that gives pages of them memory.
 //! * [`io`]: moves bytes with O_DIRECT, by io_uring or pread threads, and knows every way in which a read goes wrong.
 //! * [`engine`]: ties the four together. [`engine::Model`] is what a host holds: acquire a layer, use it, release it.
+//! * [`kv`]: codecs for the keys and values of the attention. Pure, beside the pipeline: vectors in, bytes out.
 //! * [`ffi`]: the same as a C library; `include/flea.h` is generated from it.
 //!
 //! Around the engine stand `host` (llama.cpp in process, for `flea run`), `tools` (synthetic models, benches) and
@@ -35,6 +36,7 @@ pub mod ffi;
 #[cfg(feature = "run")]
 pub mod host;
 pub mod io;
+pub mod kv;
 pub mod mem;
 pub mod model;
 pub mod plan;
