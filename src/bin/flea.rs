@@ -28,6 +28,8 @@ enum Command {
     Plan(cli::plan::Args),
     /// Measure the drive and the streaming of a model
     Bench(cli::bench::Args),
+    /// Measure the codecs for keys and values: quality, bits, speed
+    Kv(cli::kv::Args),
     /// Write a synthetic model of any size that llama.cpp loads
     Synth(cli::synth::Args),
 }
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
         Command::Inspect(args) => cli::inspect::command(args).map(|()| ExitCode::SUCCESS),
         Command::Plan(args) => cli::plan::command(args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => cli::bench::command(args).map(|()| ExitCode::SUCCESS),
+        Command::Kv(args) => cli::kv::command(args).map(|()| ExitCode::SUCCESS),
         Command::Synth(args) => cli::synth::command(args).map(|()| ExitCode::SUCCESS),
     };
     cli::finish(result, json)

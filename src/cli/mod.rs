@@ -7,6 +7,7 @@
 pub mod bench;
 pub mod bench_raw;
 pub mod inspect;
+pub mod kv;
 pub mod plan;
 #[cfg(feature = "run")]
 pub mod run;
@@ -46,6 +47,7 @@ Examples:
   flea synth --size 4GiB -o big.gguf
   flea bench stream big.gguf --memory 10% --passes 3
   flea bench raw big.gguf
+  flea kv bench --svg plots
 
 Sizes are written 4GiB, 4GB, 512M, or as a number of bytes; a memory budget also as a share of the model, 50%.
 Exit codes: 0 done, 1 failed, 2 usage, 3 daemon unreachable, 4 budget or resource refused, 5 not a model file or its \

@@ -263,11 +263,11 @@ impl Tcq {
             }
             at += BITS;
         }
-        let done = out.len() / 8 * 8;
-        for index in done.max(head)..out.len() {
+        let done = (out.len() / 8 * 8).max(head);
+        for (index, value) in out.iter_mut().enumerate().skip(done) {
             let first = (index + 1) * BITS - window;
             let state = (0..window).fold(0, |state, place| state | bit(first + place) << place);
-            out[index] = self.levels.get(state);
+            *value = self.levels.get(state);
         }
     }
 

@@ -3,5 +3,7 @@
 
 pub mod bench_stream;
 pub mod gguf_write;
+pub mod kv_bench;
 pub mod raw;
+pub mod svg;
 pub mod synth;
