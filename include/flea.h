@@ -107,6 +107,15 @@
 // tensor flags: rows or globals that the host keeps itself (token embeddings). A tied output head is both.
 #define FLEA_TENSOR_HOST_KEPT 1
 
+// type: 4-byte floats.
+#define FLEA_KV_F32 0
+
+// type: IEEE halves.
+#define FLEA_KV_F16 1
+
+// type: the upper halves of 4-byte floats.
+#define FLEA_KV_BF16 2
+
 // How to open a model. Zero it, set struct_size, then the fields that matter.
 typedef struct flea_open_options {
   // sizeof(flea_open_options).
@@ -251,6 +260,21 @@ typedef struct flea_stats_data {
   double huge_page_share;
 } flea_stats_data;
 
+// A KV codec for vectors of one length. Opaque; it never changes, so any number of threads may use it at a time.
+typedef struct flea_kv {
+  uint8_t _private[0];
+} flea_kv;
+
+// What is in a frame.
+typedef struct flea_kv_frame {
+  // sizeof(flea_kv_frame), set by the caller.
+  uint32_t struct_size;
+  // Values of a vector.
+  uint32_t dim;
+  // Vectors in the frame.
+  uint64_t count;
+} flea_kv_frame;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -337,6 +361,70 @@ int32_t flea_last_errno(void);
 
 // The name of a status, such as "FLEA_E_REFUSED"; "FLEA_E_UNKNOWN" for a number that is none. A constant string.
 const char *flea_status_name(int32_t status);
+
+// Makes a KV codec for vectors of `dim` values, 16 to 1024.
+//
+// `codec`: "q8_0", "q4_0", "tq:4" (whole bits 1 to 8), "tq-ec:3.5" (1 to 8, for disk), "tcq:3" (1 to 4), "rotor:4", "spectral:3",
+// "dh013:4" (a baseline to compare with).
+// `calibration`, `calibration_bytes`: for spectral what flea_kv_calibrate gave; else NULL and 0. Nothing is kept.
+// `out`: receives the codec; give it to flea_kv_close. Set to NULL on failure.
+// Threads: any. Returns FLEA_OK or: INVALID, and for the calibration FORMAT, TRUNCATED, CHECKSUM.
+int32_t flea_kv_open(const char *codec,
+                     uint32_t dim,
+                     const void *calibration,
+                     size_t calibration_bytes,
+                     struct flea_kv **out);
+
+// Frees a KV codec. NULL is allowed.
+//
+// Threads: no other call on this codec may run or follow.
+void flea_kv_close(struct flea_kv *kv);
+
+// The most bytes that flea_kv_encode can write for `count` vectors, whatever is in them (NaN and infinities are kept as
+// they are, and need more); 0 when `kv` is NULL or a frame cannot hold so many.
+size_t flea_kv_bound(const struct flea_kv *kv, size_t count);
+
+// Encodes `count` vectors, one after the other in `values`, to a frame.
+//
+// `type`: FLEA_KV_F32, FLEA_KV_F16 or FLEA_KV_BF16. `out` has `out_bytes` bytes; flea_kv_bound says how many are enough.
+// `written`: receives the length of the frame, also when `out` was too short for it.
+// Threads: any. Returns FLEA_OK or INVALID.
+int32_t flea_kv_encode(const struct flea_kv *kv,
+                       uint32_t type,
+                       const void *values,
+                       size_t count,
+                       void *out,
+                       size_t out_bytes,
+                       size_t *written);
+
+// Says what is in a frame without decoding it. Set out->struct_size first.
+//
+// Threads: any. Returns FLEA_OK, or FORMAT, TRUNCATED, CHECKSUM: no frame, or a damaged one; INVALID.
+int32_t flea_kv_frame_info(const void *frame, size_t frame_bytes, struct flea_kv_frame *out);
+
+// Decodes a frame to floats, `count` vectors of dim values: exactly as many as the frame holds.
+//
+// Threads: any. Returns FLEA_OK, or FORMAT, TRUNCATED, CHECKSUM: no frame, or a damaged one (nothing is written then, or
+// not all); INVALID: another codec's frame, or another count.
+int32_t flea_kv_decode(const struct flea_kv *kv,
+                       const void *frame,
+                       size_t frame_bytes,
+                       float *values,
+                       size_t count);
+
+// Calibrates spectral on a sample: `count` vectors of `dim` floats that will not be coded with it, at least 4 x dim of
+// them. Part of the sample decides whether a basis saves 0.1 bit against tq:`bits`; where it does not, the answer is
+// UNSUPPORTED and tq is the better codec.
+//
+// `out` has `out_bytes` bytes: 12 + 8 x dim + 2 x dim x dim are needed. `written`: receives the length.
+// Threads: any. Returns FLEA_OK, INVALID or UNSUPPORTED.
+int32_t flea_kv_calibrate(uint32_t dim,
+                          uint32_t bits,
+                          const float *values,
+                          size_t count,
+                          void *out,
+                          size_t out_bytes,
+                          size_t *written);
 
 #ifdef __cplusplus
 }  // extern "C"

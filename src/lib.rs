@@ -10,6 +10,7 @@
 //! * [`io`]: moves bytes with O_DIRECT, by io_uring or pread threads, and knows every way in which a read goes wrong.
 //! * [`engine`]: ties the four together. [`engine::Model`] is what a host holds: acquire a layer, use it, release it.
 //! * [`proto`]: the same model in a daemon that several programs share, over a socket and shared words.
+//! * [`kv`]: codecs for the keys and values of the attention. Pure, beside the pipeline: vectors in, bytes out.
 //! * [`ffi`]: the same as a C library; `include/flea.h` is generated from it.
 //!
 //! Around the engine stand `host` (llama.cpp in process, for `flea run`), `tools` (synthetic models, benches) and
@@ -38,6 +39,7 @@ pub mod ffi;
 #[cfg(feature = "run")]
 pub mod host;
 pub mod io;
+pub mod kv;
 pub mod mem;
 pub mod model;
 pub mod plan;

@@ -9,6 +9,7 @@ fn generated() -> String {
         .with_config(config)
         .with_src(root.join("src/ffi/types.rs"))
         .with_src(root.join("src/ffi/calls.rs"))
+        .with_src(root.join("src/ffi/kv.rs"))
         .generate()
         .expect("the C ABI can be read");
     let mut text = Vec::new();
@@ -48,7 +49,7 @@ fn the_committed_header_is_the_generated_one() {
 }
 
 #[test]
-fn the_header_has_the_fourteen_calls_and_no_others() {
+fn the_header_has_these_calls_and_no_others() {
     let header = generated();
     let mut calls: Vec<&str> = header
         .lines()
@@ -62,6 +63,13 @@ fn the_header_has_the_fourteen_calls_and_no_others() {
         "flea_abi_version",
         "flea_acquire",
         "flea_hint",
+        "flea_kv_bound",
+        "flea_kv_calibrate",
+        "flea_kv_close",
+        "flea_kv_decode",
+        "flea_kv_encode",
+        "flea_kv_frame_info",
+        "flea_kv_open",
         "flea_last_errno",
         "flea_last_error",
         "flea_layer_of",

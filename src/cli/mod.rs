@@ -12,6 +12,7 @@ pub mod ctl;
 pub mod doctor;
 pub mod flead;
 pub mod inspect;
+pub mod kv;
 pub mod plan;
 pub mod probe;
 #[cfg(feature = "run")]
@@ -64,6 +65,7 @@ Examples:
   flea bench stream big.gguf --memory 10% --passes 3
   flea bench raw big.gguf
   flea probe /models
+  flea kv bench --svg plots
 
 Sizes are written 4GiB, 4GB, 512M, or as a number of bytes; a memory budget also as a share of the model, 50%.
 Exit codes: 0 done, 1 failed, 2 usage, 3 daemon unreachable, 4 budget or resource refused, 5 not a model file or its \

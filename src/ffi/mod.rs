@@ -7,6 +7,7 @@
 
 pub mod calls;
 pub(crate) mod handle;
+pub mod kv;
 pub mod types;
 
 use crate::error::{Error, ErrorKind, Result};

@@ -4,6 +4,8 @@
 pub mod bench_stream;
 pub mod doctor;
 pub mod gguf_write;
+pub mod kv_bench;
 pub mod probe;
 pub mod raw;
+pub mod svg;
 pub mod synth;
