@@ -22,6 +22,9 @@ for host in stream stream_cpp; do
   cmp <(layers "$work/resident") <(layers "$work/$host")
   echo "$host: $(layers "$work/$host" | wc -l) layers, the same streamed as resident; ASan and UBSan have nothing to say"
 done
+for codec in tq:4 tq-ec:3.5 tcq:2 q8_0; do
+  "$target/examples-asan/kv" "$codec" 128
+done
 awk '/^```c$/ { on = 1; next } /^```$/ { on = 0 } on' README.md >"$work/readme.c"
 cc -std=c11 -Wall -Wextra -Werror -I "$target/capi/include" "$work/readme.c" -o "$work/readme" -L "$target/capi/lib" -lflea \
   -Wl,-rpath,"$target/capi/lib"

@@ -1,10 +1,13 @@
-//! `flea kv bench` and `flea kv compare`: what the codecs for keys and values do to vectors, and how fast.
+//! `flea kv bench`, `compare` and `gate`: what the codecs for keys and values do to vectors, and how fast.
 
 use std::path::{Path, PathBuf};
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args as ClapArgs, Subcommand};
 use serde_json::{Value, json};
+
+#[cfg(feature = "run")]
+mod gate;
 
 use super::table::{Align, Table};
 use crate::error::{Error, ErrorKind, Result};
@@ -26,6 +29,9 @@ enum What {
     Bench(BenchArgs),
     /// Codecs side by side on vectors of your own
     Compare(CompareArgs),
+    /// What codecs do to a model's answers: divergence, top-1 agreement
+    #[cfg(feature = "run")]
+    Gate(gate::GateArgs),
 }
 
 const BENCH_HELP: &str = "\
@@ -119,6 +125,8 @@ pub fn command(args: &Args) -> Result<()> {
     match &args.what {
         What::Bench(args) => bench(args),
         What::Compare(args) => compare(args),
+        #[cfg(feature = "run")]
+        What::Gate(args) => gate::command(args),
     }
 }
 

@@ -182,6 +182,13 @@ impl LlamaModel {
         Ok(())
     }
 
+    /// Heads of keys and values of a layer.
+    #[must_use]
+    pub fn kv_head_count(&self) -> usize {
+        // SAFETY: the model is alive.
+        usize::try_from(unsafe { llama::llama_model_n_head_kv(self.raw()) }).unwrap_or(0)
+    }
+
     /// The chat template of the model, if it has one.
     #[must_use]
     pub fn chat_template(&self) -> Option<CString> {
@@ -315,6 +322,60 @@ impl LlamaContext {
                 &format!("llama.cpp failed to compute (code {status})"),
             )),
         }
+    }
+
+    /// Tokens whose keys and values it holds.
+    #[must_use]
+    pub fn used_tokens(&self) -> usize {
+        // SAFETY: the context is alive; its memory belongs to it.
+        let last =
+            unsafe { llama::llama_memory_seq_pos_max(llama::llama_get_memory(self.raw()), 0) };
+        usize::try_from(last + 1).unwrap_or(0)
+    }
+
+    /// Forgets all tokens.
+    pub fn forget(&mut self) {
+        // SAFETY: the context is alive; its memory belongs to it.
+        unsafe { llama::llama_memory_clear(llama::llama_get_memory(self.raw()), true) };
+    }
+
+    /// Keys and values of all tokens, as llama.cpp writes them.
+    ///
+    /// # Errors
+    /// `Internal` where llama.cpp cannot write them.
+    pub fn kv_state(&self) -> Result<Vec<u8>> {
+        // SAFETY: the context is alive.
+        let mut bytes = vec![0; unsafe { llama::llama_state_seq_get_size(self.raw(), 0) }];
+        // SAFETY: the context is alive; as many bytes as it asked for, and says how many it has.
+        let written = unsafe {
+            llama::llama_state_seq_get_data(self.raw(), bytes.as_mut_ptr(), bytes.len(), 0)
+        };
+        if written == 0 || written > bytes.len() {
+            return Err(log::explain(
+                ErrorKind::Internal,
+                "llama.cpp cannot save its keys and values",
+            ));
+        }
+        bytes.truncate(written);
+        Ok(bytes)
+    }
+
+    /// Puts back what [`Self::kv_state`] gave, in place of what is there.
+    ///
+    /// # Errors
+    /// `Internal` where llama.cpp does not take it.
+    pub fn restore_kv(&mut self, bytes: &[u8]) -> Result<()> {
+        log::forget_errors();
+        // SAFETY: the context is alive; the bytes are only read, and checked by llama.cpp.
+        let read =
+            unsafe { llama::llama_state_seq_set_data(self.raw(), bytes.as_ptr(), bytes.len(), 0) };
+        if read == 0 {
+            return Err(log::explain(
+                ErrorKind::Internal,
+                "llama.cpp does not take keys and values back",
+            ));
+        }
+        Ok(())
     }
 
     /// The row of logits of the last token computed.

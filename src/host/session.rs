@@ -358,6 +358,65 @@ impl Session {
         Ok(())
     }
 
+    /// Forgets everything it has seen.
+    ///
+    /// # Errors
+    /// `Canceled` when stopped.
+    pub fn forget(&mut self) -> Result<()> {
+        self.context.forget();
+        self.used_tokens = 0;
+        self.go_on()
+    }
+
+    /// Computes tokens after those it has seen, without choosing any.
+    ///
+    /// # Errors
+    /// As [`Self::generate`]; `Canceled` when stopped.
+    pub fn feed(&mut self, tokens: &[Token]) -> Result<()> {
+        self.check_prompt(tokens)?;
+        let mut tokens = tokens.to_vec();
+        let batch_tokens = self.context.batch_tokens();
+        for batch in tokens.chunks_mut(batch_tokens) {
+            if !self.decode(batch)? {
+                return self.go_on();
+            }
+        }
+        Ok(())
+    }
+
+    /// The row of logits after the last token.
+    ///
+    /// # Errors
+    /// `Internal` where there is none.
+    pub fn logits(&self) -> Result<&[f32]> {
+        self.context.logits(self.model.vocab_count())
+    }
+
+    /// Keys and values of what it has seen.
+    ///
+    /// # Errors
+    /// As [`LlamaContext::kv_state`].
+    pub fn kv_state(&self) -> Result<Vec<u8>> {
+        self.context.kv_state()
+    }
+
+    /// Puts keys and values back that [`Self::kv_state`] gave.
+    ///
+    /// # Errors
+    /// As [`LlamaContext::restore_kv`].
+    pub fn restore_kv(&mut self, bytes: &[u8]) -> Result<()> {
+        self.context.restore_kv(bytes)?;
+        self.used_tokens = self.context.used_tokens();
+        Ok(())
+    }
+
+    fn go_on(&self) -> Result<()> {
+        if self.stop.load(Ordering::Relaxed) {
+            return Err(Error::new(ErrorKind::Canceled, "stopped"));
+        }
+        Ok(())
+    }
+
     /// Computes tokens; false when stopped on request.
     fn decode(&mut self, tokens: &mut [Token]) -> Result<bool> {
         if self.stop.load(Ordering::Relaxed) {

@@ -8,18 +8,16 @@ use std::fmt;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// `N` values; an index is taken modulo `N`, a power of two.
-pub struct Lookup<const N: usize>(Box<[AtomicU32]>);
+pub struct Lookup<const N: usize>(Box<[AtomicU32; N]>);
 
 impl<const N: usize> Lookup<N> {
     /// A table of what `value` gives for 0 to N - 1.
     #[must_use]
     pub fn new(value: impl Fn(usize) -> f32) -> Self {
         const { assert!(N.is_power_of_two()) };
-        Self(
-            (0..N)
-                .map(|index| AtomicU32::new(value(index).to_bits()))
-                .collect(),
-        )
+        Self(Box::new(std::array::from_fn(|index| {
+            AtomicU32::new(value(index).to_bits())
+        })))
     }
 
     /// The value at `index` modulo N.
