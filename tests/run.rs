@@ -366,6 +366,25 @@ mod faults {
         }
     }
 
+    /// With a slow drive compute starts on the part of a layer that is there; the lease is still one per layer.
+    #[test]
+    fn compute_starts_on_what_has_arrived() {
+        let model = tiny("llama", "f16");
+        let reference = json(&mut run(&model, &["--no-stream"]));
+        for slots in ["2", "3"] {
+            let arguments = ["--memory", "60%", "--slots", slots, "--whole-layers"];
+            let slow = "delay_ms=5,poison";
+            let early = json(run(&model, &arguments[..4]).env("FLEA_FAULT", slow));
+            let whole = json(run(&model, &arguments).env("FLEA_FAULT", slow));
+            assert_same(&reference, &early, &format!("early, {slots} slots"));
+            assert_same(&reference, &whole, &format!("whole, {slots} slots"));
+            assert_streamed(&early);
+            assert!(number(&early, "early_pieces") > 0.0, "{early}");
+            assert_eq!(whole["early_pieces"], 0, "{whole}");
+            assert_eq!(early["acquires"], whole["acquires"], "{early} {whole}");
+        }
+    }
+
     /// The proof that the comparisons above can fail: without the wait in acquire they do.
     #[test]
     fn without_the_wait_the_output_is_wrong_or_the_mmu_stops_it() {

@@ -67,6 +67,9 @@ pub fn wait(
         timeout.map(|timeout| begun + timeout),
     );
     state.stop_waiting(layer);
+    if let Some(trace) = &core.trace {
+        trace.waited(layer, begun);
+    }
     state.stall_ns += u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
     result?;
     state.lease(layer, asked.thread)
