@@ -130,7 +130,7 @@ pub struct Args {
 
     /// Stream from flead, which listens on this socket; memory and reader are then the daemon's
     #[arg(long, value_name = "SOCKET", num_args = 0..=1, default_missing_value = SOCKET_DEFAULT)]
-    #[arg(conflicts_with_all = ["no_stream", "slots", "page_bytes", "request_bytes", "depth"])]
+    #[arg(conflicts_with_all = ["no_stream", "slots", "page_bytes", "request_bytes", "depth", "trace"])]
     daemon: Option<PathBuf>,
 
     /// Write what drive and compute did when, in Chrome's trace format (ui.perfetto.dev)

@@ -161,7 +161,7 @@ impl Handle {
 /// # Safety
 /// `model` is open and stays so.
 #[cfg(feature = "run")]
-pub unsafe fn model_of<'a>(model: *const flea_model) -> &'a Model {
+pub unsafe fn model_of<'a>(model: *const flea_model) -> &'a Opened {
     // SAFETY: a flea_model* is a Handle made by flea_model_open, alive by this function's contract.
     unsafe { &(*model.cast::<Handle>()).model }
 }

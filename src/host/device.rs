@@ -10,12 +10,12 @@ use std::sync::Arc;
 
 use llama_cpp_sys_2 as llama;
 
-use crate::engine::Model;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ffi::calls;
 use crate::ffi::handle::model_of;
 use crate::ffi::types::{self, flea_info, flea_model, flea_open_options, flea_stats_data};
 use crate::host::session::Figures;
+use crate::proto::Opened;
 
 #[repr(C)]
 struct Config {
@@ -198,7 +198,7 @@ impl Streamed {
 
 impl Handle {
     /// The model behind the handle: what the C ABI has no call for.
-    pub(crate) fn model(&self) -> &Model {
+    pub(crate) fn model(&self) -> &Opened {
         // SAFETY: opened by flea_model_open, which gives a live handle, and closed only in Drop.
         unsafe { model_of(self.0) }
     }
