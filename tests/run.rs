@@ -140,9 +140,8 @@ fn through_the_daemon_it_is_bit_identical_too() {
         daemon.budget(loaded["smallest_budget_bytes"].as_u64().expect("a size") + (256 << 10));
         let socket = daemon.socket.to_str().expect("UTF-8");
         let results = std::thread::scope(|scope| {
-            let runs = [(); 3].map(|()| {
-                scope.spawn(|| json(&mut run(&model, &["--daemon", socket, "--threads", "1"])))
-            });
+            let runs =
+                [(); 3].map(|()| scope.spawn(|| json(&mut run(&model, &["--daemon", socket]))));
             runs.map(|run| run.join().expect("a run"))
         });
         for result in &results {
