@@ -67,7 +67,7 @@ pub fn wait(
         timeout.map(|timeout| begun + timeout),
     );
     state.stop_waiting(layer);
-    state.stall_ns += u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    state.count_stall(begun);
     result?;
     state.lease(layer, asked.thread)
 }
