@@ -223,7 +223,7 @@ typedef struct flea_stats_data {
   uint32_t direct_io;
   // FLEA_FALLBACK_* bits.
   uint32_t fallbacks;
-  // Successful acquires.
+  // Leases given. A further acquire of a layer that the thread holds extends its lease and is not counted.
   uint64_t acquires;
   // Releases.
   uint64_t releases;

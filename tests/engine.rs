@@ -401,3 +401,82 @@ fn walk_and_drop(path: &Path) -> u64 {
     walk(&model, path, 1);
     model.stats().loads
 }
+
+/// A walk leaves a trace whose reads are exactly the bytes that the drive delivered.
+#[test]
+fn a_trace_accounts_for_every_byte_read() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("trace.json");
+    let model = common::synth(
+        "trace",
+        &[
+            "--layers", "6", "--embd", "256", "--ffn", "512", "--heads", "4", "--vocab", "800",
+        ],
+    );
+    let walk = |arguments: &[&str]| {
+        let mut command = common::flea();
+        command.args(["bench", "stream"]).arg(&model);
+        command.args(["--passes", "3", "--json", "--trace"]);
+        command.arg(&path).args(arguments);
+        common::json(&mut command)
+    };
+    for (reader, memory) in [("io_uring", "60%"), ("pread", "60%"), ("auto", "400%")] {
+        let outcome = walk(&["--reader", reader, "--memory", memory]);
+        let text = std::fs::read_to_string(&path).expect("the trace");
+        let trace: serde_json::Value = serde_json::from_str(&text).expect("valid JSON");
+        assert_eq!(trace["otherData"]["dropped_events"], 0);
+        let events = trace["traceEvents"].as_array().expect("events");
+        let of = |kind: &'static str| events.iter().filter(move |event| event["cat"] == kind);
+        let bytes: u64 = of("read")
+            .map(|event| event["args"]["bytes"].as_u64().expect("bytes"))
+            .sum();
+        // What was read ahead when the walk ended may have come back after it was counted.
+        let counted = outcome["bytes_read"].as_u64().expect("bytes_read");
+        assert!(
+            bytes >= counted && counted > 0,
+            "{bytes} in the trace, {counted} read"
+        );
+        let acquires = outcome["acquires"].as_u64().expect("acquires");
+        assert_eq!(of("compute").count() as u64, acquires);
+        assert_eq!(
+            of("wait").count() as u64,
+            outcome["stalls"].as_u64().expect("stalls")
+        );
+        assert_monotonic_and_drawable(events);
+        for kind in ["read", "wait", "compute"] {
+            let named = events.iter().any(|event| {
+                event["name"] == "thread_name"
+                    && event["args"]["name"]
+                        .as_str()
+                        .is_some_and(|name| name.starts_with(kind))
+            });
+            assert!(named, "no lane named {kind}");
+        }
+    }
+    let refused = common::flea()
+        .args(["bench", "stream"])
+        .arg(&model)
+        .args(["--trace", "/no/such/place/t.json"])
+        .output()
+        .expect("flea runs");
+    assert!(!refused.status.success());
+}
+
+/// Times never go back, and two events of one lane never overlap.
+fn assert_monotonic_and_drawable(events: &[serde_json::Value]) {
+    let mut last = 0.0;
+    let mut ends = std::collections::HashMap::new();
+    for event in events.iter().filter(|event| event["ph"] == "X") {
+        let begin = event["ts"].as_f64().expect("ts");
+        let end = begin + event["dur"].as_f64().expect("dur");
+        assert!(begin >= last && end >= begin, "{event}");
+        last = begin;
+        let lane = event["tid"].as_u64().expect("tid");
+        let before = ends.insert(lane, end).unwrap_or(0.0);
+        // A nanosecond is a thousandth here; floats round.
+        assert!(
+            begin >= before - 0.002,
+            "{event} overlaps what ended at {before}"
+        );
+    }
+}

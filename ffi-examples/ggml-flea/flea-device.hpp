@@ -6,6 +6,7 @@
 //   flea-model.cpp   one streamed model: catalog, life
 //   flea-buffer.cpp  memory: streamed weights stand in flea's windows, everything else is plain anonymous memory
 //   flea-graph.cpp   graph_compute: cut where the layer changes, acquire, compute, release
+//   flea-arriving.cpp  the same for a layer that is still being read: compute with the part that is there
 //   flea-stats.cpp   counters, FLEA_STATS
 //   flea-env.cpp     FLEA_* variables, log lines
 //
@@ -147,6 +148,7 @@ void model_buffer_freed(Model * model);
 int32_t configure(const ggml_flea_config * config);
 bool is_configured();  // a host that has the device compiled in gave the model
 bool loader_skips_streamed();
+bool waits_for_parts();  // compute starts with the part of a layer that is there
 flea_model * current_handle();
 // model_bytes and the smallest weight budget (an estimate) of the current model; false when none is known yet.
 bool current_sizes(uint64_t * model_bytes, uint64_t * smallest_bytes);
@@ -190,6 +192,9 @@ struct Stream {
 };
 
 ggml_status graph_compute(Stream & stream, ggml_cgraph * graph);
+bool wants_abort(const Stream * stream);
+// True for two nodes that the CPU backend computes as one, if they are in one graph.
+bool is_fused_pair(const ggml_tensor * first, const ggml_tensor * second);
 
 // A lease on one layer: taken with wait(), given back by the destructor or by release().
 class Lease {
@@ -203,12 +208,21 @@ class Lease {
     int32_t take(Model * model, uint32_t layer, const Stream * stream);
     // One attempt of at most a second: FLEA_OK, FLEA_E_BUSY, FLEA_E_TIMEOUT or an error.
     int32_t try_take(Model * model, uint32_t layer);
+    // Without waiting. False: the layer is still being read.
+    bool take_if_ready(Model * model, uint32_t layer);
     void release();
 
   private:
+    void hold(Model * model, uint32_t layer);
+
     Model * model_ = nullptr;
     uint32_t layer_ = 0;
 };
+
+// ---- flea-arriving.cpp
+
+// Computes a step whose layer is still being read, as its weights arrive. Ends with a lease on the whole layer.
+ggml_status compute_arriving(Stream & stream, ggml_cgraph * graph, const Step & step, Lease & lease, int32_t * status);
 
 // ---- ggml-flea.cpp
 
@@ -223,6 +237,7 @@ struct Counters {
     std::atomic<uint64_t> placed_bytes { 0 };
     std::atomic<uint64_t> graphs { 0 };
     std::atomic<uint64_t> pieces { 0 };
+    std::atomic<uint64_t> early_pieces { 0 };  // computed before their layer was whole
     std::atomic<uint64_t> peak_memory_bytes { 0 };
 };
 

@@ -19,7 +19,7 @@ namespace ggml_flea {
 namespace {
 
 constexpr const char * known_names[] = {
-    "FLEA_MEMORY", "FLEA_MODEL", "FLEA_STATS", "FLEA_ENDPOINT", "FLEA_READER", "FLEA_LOG", "FLEA_FAULT",
+    "FLEA_MEMORY", "FLEA_MODEL", "FLEA_STATS", "FLEA_ENDPOINT", "FLEA_READER", "FLEA_LOG", "FLEA_FAULT", "FLEA_PROFILE",
 };
 
 std::string variable(const char * name) {
@@ -56,7 +56,7 @@ void warn_unknown(LogLevel level) {
         }
         if (!known) {
             fprintf(stderr, "flea: warning: %.*s is not a variable flea knows; did you mean one of FLEA_MEMORY, FLEA_MODEL, "
-                    "FLEA_STATS, FLEA_ENDPOINT, FLEA_READER, FLEA_LOG?\n", (int) length, *entry);
+                    "FLEA_STATS, FLEA_ENDPOINT, FLEA_READER, FLEA_PROFILE, FLEA_LOG?\n", (int) length, *entry);
         }
     }
 }

@@ -41,6 +41,7 @@ Finder & finder() {
 
 // Asked for by ggml's scheduler at every turn, so they are kept outside the lock.
 std::atomic<bool> skips_streamed { false };
+std::atomic<bool> whole_layers { false };
 std::atomic<bool> configured { false };
 
 // What the answer is for.
@@ -297,6 +298,7 @@ int32_t configure(const ggml_flea_config * config) {
     close_current(f);
     f.config = {};
     skips_streamed = config && config->loader_skips_streamed;
+    whole_layers = config && config->whole_layers;
     configured = false;
     if (!config) { return FLEA_OK; }
     auto model = std::make_unique<Model>();
@@ -316,6 +318,8 @@ int32_t configure(const ggml_flea_config * config) {
 bool is_configured() { return configured.load(std::memory_order_relaxed); }
 
 bool loader_skips_streamed() { return skips_streamed.load(std::memory_order_relaxed); }
+
+bool waits_for_parts() { return !whole_layers.load(std::memory_order_relaxed); }
 
 flea_model * current_handle() {
     std::lock_guard<std::mutex> guard(finder().mutex);

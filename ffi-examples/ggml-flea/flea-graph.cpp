@@ -13,21 +13,22 @@
 #include "flea-device.hpp"
 
 namespace ggml_flea {
-namespace {
-
-constexpr int64_t wait_ns = 1000000000;  // one attempt; in between the host's abort callback is asked
-constexpr std::chrono::seconds busy_limit { 120 };
 
 bool wants_abort(const Stream * stream) {
     return stream && stream->abort_callback && stream->abort_callback(stream->abort_data);
 }
 
-// ---- cutting
-
 // rms_norm and the mul after it are one operation for the CPU backend as long as they are in one graph.
 bool is_fused_pair(const ggml_tensor * first, const ggml_tensor * second) {
     return first->op == GGML_OP_RMS_NORM && second->op == GGML_OP_MUL && (second->src[0] == first || second->src[1] == first);
 }
+
+namespace {
+
+constexpr int64_t wait_ns = 1000000000;  // one attempt; in between the host's abort callback is asked
+constexpr std::chrono::seconds busy_limit { 120 };
+
+// ---- cutting
 
 bool can_cut_rows(const ggml_tensor * node, const Weight * weight) {
     const ggml_tensor * matrix = node->src[0];
@@ -198,6 +199,9 @@ ggml_status compute_step(Stream & stream, ggml_cgraph * graph, const Step & step
             break;
     }
     if (step.model) {
+        if (waits_for_parts() && !lease.take_if_ready(step.model, (uint32_t) step.layer)) {
+            return compute_arriving(stream, graph, step, lease, status);
+        }
         *status = lease.take(step.model, (uint32_t) step.layer, &stream);
         if (*status != FLEA_OK) { return GGML_STATUS_FAILED; }
     }
@@ -215,12 +219,25 @@ int32_t Lease::try_take(Model * model, uint32_t layer) {
     release();
     model_before_acquire(model);
     const int32_t status = flea_acquire(model->handle, layer, nullptr, 0, wait_ns);
-    if (status == FLEA_OK) {
-        model_ = model;
-        layer_ = layer;
-        model_acquired(model);
-    }
+    if (status == FLEA_OK) { hold(model, layer); }
     return status;
+}
+
+bool Lease::take_if_ready(Model * model, uint32_t layer) {
+    if (model_ == model && layer_ == layer) { return true; }
+    release();
+    model_before_acquire(model);
+    const int32_t status = flea_acquire(model->handle, layer, nullptr, 0, 0);
+    // Anything but "not yet" is for the caller's own attempt to find and report.
+    if (status != FLEA_OK) { return status != FLEA_E_AGAIN; }
+    hold(model, layer);
+    return true;
+}
+
+void Lease::hold(Model * model, uint32_t layer) {
+    model_ = model;
+    layer_ = layer;
+    model_acquired(model);
 }
 
 int32_t Lease::take(Model * model, uint32_t layer, const Stream * stream) {

@@ -130,6 +130,7 @@ std::string json(const Snapshot & s) {
     object.number("host_tensor_bytes", info.host_tensor_bytes);
     object.number("graphs", counters.graphs);
     object.number("pieces", counters.pieces);
+    object.number("early_pieces", counters.early_pieces);
     const char * text = nullptr;
     const int32_t status = ggml_backend_flea_last_failure(&text);
     object.raw("error", status == FLEA_OK ? "null" : "{\"status\":" + quoted(flea_status_name(status)) + ",\"message\":" + quoted(text) + "}");
@@ -193,3 +194,5 @@ void stats_start() {
 }  // namespace ggml_flea
 
 uint64_t ggml_backend_flea_loader_bytes(void) { return ggml_flea::counters.loader_bytes; }
+
+uint64_t ggml_backend_flea_early_pieces(void) { return ggml_flea::counters.early_pieces; }

@@ -33,6 +33,8 @@ typedef struct ggml_flea_config {
   /* true: the device's memory reports itself as host memory from the start, so that llama.cpp's loader reads straight
      "into" tensor->data. Only for a loader that never writes there for a streamed tensor (windows are not writable). */
   bool loader_skips_streamed;
+  /* true: a layer is computed with when all of it is in memory. false: as soon as what its first operations need is. */
+  bool whole_layers;
   /* Already opened by the caller, who closes it after the last llama_model that uses it is freed. With a model given
      nothing is searched and FLEA_MODEL, FLEA_MEMORY, FLEA_READER and FLEA_ENDPOINT are not read. */
   flea_model *model;
@@ -58,6 +60,9 @@ GGML_FLEA_API int32_t ggml_backend_flea_last_failure(const char **text);
 
 /* Bytes the host's loader handed over for streamed weights and that were dropped; 0 where the loader skips them. */
 GGML_FLEA_API uint64_t ggml_backend_flea_loader_bytes(void);
+
+/* Pieces of graphs that were computed before their layer was whole. */
+GGML_FLEA_API uint64_t ggml_backend_flea_early_pieces(void);
 
 #ifdef __cplusplus
 }

@@ -28,6 +28,8 @@ enum Command {
     Plan(cli::plan::Args),
     /// Measure the drive and the streaming of a model
     Bench(cli::bench::Args),
+    /// Measure a drive and this machine's memory, and keep the result for the others
+    Probe(cli::probe::Args),
     /// Write a synthetic model of any size that llama.cpp loads
     Synth(cli::synth::Args),
 }
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
         Command::Inspect(args) => cli::inspect::command(args).map(|()| ExitCode::SUCCESS),
         Command::Plan(args) => cli::plan::command(args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => cli::bench::command(args).map(|()| ExitCode::SUCCESS),
+        Command::Probe(args) => cli::probe::command(args),
         Command::Synth(args) => cli::synth::command(args).map(|()| ExitCode::SUCCESS),
     };
     cli::finish(result, json)

@@ -9,6 +9,8 @@ use clap::{Args as ClapArgs, Subcommand};
 
 use super::bench_raw;
 use super::table::Table;
+use super::trace::{self, TraceFile};
+use super::values;
 use crate::engine::{BudgetSpec, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{ReaderKind, ReaderOptions};
@@ -17,7 +19,7 @@ use crate::plan::SLOTS_DEFAULT;
 use crate::proto::Opened;
 use crate::proto::opened::{Endpoint, PlanFigures};
 use crate::tools::bench_stream::{self, Outcome};
-use crate::units::{HumanBytes, MemorySpec, PAGE_2M, PAGE_4K};
+use crate::units::{HumanBytes, MemorySpec};
 
 /// Measure the drive and the streaming of a model
 #[derive(Debug, ClapArgs)]
@@ -32,6 +34,9 @@ enum What {
     Stream(StreamArgs),
     /// Find the drive's ceiling: the best sequential O_DIRECT read
     Raw(bench_raw::RawArgs),
+    /// Hold what `flea plan` predicts against what `flea run` then does
+    #[cfg(feature = "run")]
+    Predict(super::bench_predict::PredictArgs),
 }
 
 const EXAMPLES: &str = "\
@@ -52,7 +57,13 @@ pub struct StreamArgs {
 
     /// Everything the process may hold (4GiB, 512M), or the weights in memory as a share of the model (50%)
     /// [default: what is free]
-    #[arg(long, value_name = "SIZE", env = "FLEA_MEMORY", hide_env_values = true)]
+    #[arg(
+        long,
+        value_name = "SIZE",
+        env = "FLEA_MEMORY",
+        hide_env_values = true,
+        allow_hyphen_values = true
+    )]
     pub memory: Option<MemorySpec>,
 
     /// Walks over all layers
@@ -68,28 +79,32 @@ pub struct StreamArgs {
     pub backing: Backing,
 
     /// Length of one read [default: by page size]
-    #[arg(long, value_name = "SIZE", value_parser = super::small_size)]
+    #[arg(long, value_name = "SIZE", value_parser = values::request_bytes)]
     pub request_bytes: Option<u32>,
 
-    /// Reads in flight [default: 8]
-    #[arg(long, value_name = "N", value_parser = super::count)]
+    /// Reads in flight, 1 to 256 [default: 32 MiB worth, 4 to 16]
+    #[arg(long, value_name = "N", value_parser = values::depth)]
     pub depth: Option<u32>,
 
     /// Page size, 4KiB or 2MiB [default: by the size of the layers]
-    #[arg(long, value_name = "SIZE", value_parser = page_size)]
+    #[arg(long, value_name = "SIZE", value_parser = values::page_bytes)]
     pub page_bytes: Option<u64>,
 
     /// Slots of the ring
-    #[arg(long, value_name = "N", default_value_t = SLOTS_DEFAULT, value_parser = super::count)]
+    #[arg(long, value_name = "N", default_value_t = SLOTS_DEFAULT, value_parser = values::slots)]
     pub slots: u32,
 
     /// Stream through the daemon at this endpoint, unix:PATH; memory, reader, slots and pages are then the daemon's
-    #[arg(long, value_name = "ENDPOINT", conflicts_with_all = ["memory", "backing", "request_bytes", "depth", "page_bytes", "slots"])]
+    #[arg(long, value_name = "ENDPOINT", conflicts_with_all = ["memory", "backing", "request_bytes", "depth", "page_bytes", "slots", "trace"])]
     pub endpoint: Option<String>,
 
     /// Walk once more, unmeasured, and hold every byte against a plain read of the file
     #[arg(long)]
     pub verify: bool,
+
+    /// Write what the drive and the walk did when, in Chrome's trace format (ui.perfetto.dev)
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
 
     /// Report as one JSON object
     #[arg(long)]
@@ -115,15 +130,6 @@ const fn backing_name(backing: Backing) -> &'static str {
     match backing {
         Backing::Private => "private",
         Backing::Shared => "shared",
-    }
-}
-
-fn page_size(text: &str) -> std::result::Result<u64, String> {
-    match super::size(text)? {
-        bytes @ (PAGE_4K | PAGE_2M) => Ok(bytes),
-        _ => Err(format!(
-            "'{text}' is not a page size; pages are 4KiB or 2MiB"
-        )),
     }
 }
 
@@ -153,17 +159,27 @@ pub fn command(args: &Args) -> Result<()> {
     match &args.what {
         What::Stream(args) => stream(args),
         What::Raw(args) => bench_raw::command(args),
+        #[cfg(feature = "run")]
+        What::Predict(args) => super::bench_predict::command(args),
     }
 }
 
 fn stream(args: &StreamArgs) -> Result<()> {
     let stop = super::stop_on_signal()?;
+    let trace = TraceFile::create(args.trace.as_deref())?;
+    let options = OpenOptions {
+        trace: trace.as_ref().map(TraceFile::trace),
+        ..args.options()
+    };
     let endpoint = args
         .endpoint
         .as_deref()
         .map_or(Ok(Endpoint::Local), Endpoint::parse)?;
-    let model = Opened::open(&args.model, &endpoint, args.options())?;
-    let outcome = bench_stream::measure(&model, args.passes, &stop)?;
+    let model = Opened::open(&args.model, &endpoint, options)?;
+    let outcome = bench_stream::measure(&model, args.passes, &stop);
+    let label = |layer: u32| model.catalog().layers[layer as usize].label.clone();
+    let written = trace.map_or(Ok(()), |trace| trace.write(&label));
+    let outcome = trace::both(outcome, written)?;
     for fallback in &outcome.stats.fallbacks {
         log::warn!("{}", fallback.reason);
     }
@@ -224,8 +240,17 @@ fn json(
         "page_bytes": stats.page_bytes,
         "huge_page_share": stats.huge_page_share,
         "fallbacks": fallbacks,
+        "profile": profile(model),
         "verified_bytes": verified_bytes,
     })
+}
+
+/// Where the reader's defaults came from; the daemon does not say.
+fn profile(model: &Opened) -> String {
+    match model {
+        Opened::Local(model) => model.profile().to_string(),
+        Opened::Daemon(_) => "the daemon's".to_owned(),
+    }
 }
 
 fn pass_json(pass: &bench_stream::Pass) -> serde_json::Value {
@@ -275,6 +300,7 @@ fn table(
             100.0 * stats.huge_page_share
         ),
     );
+    table.field("profile", profile(model));
     for (index, pass) in outcome.passes.iter().enumerate() {
         let rate = pass.bytes_read as f64 / 1e9 / pass.seconds.max(1e-9);
         table.field(
@@ -322,7 +348,7 @@ mod tests {
         let words = std::iter::once("bench").chain(line.split(' '));
         match Program::try_parse_from(words)?.args.what {
             What::Stream(args) => Ok(args),
-            What::Raw(_) => panic!("{line} is not raw"),
+            _ => panic!("{line} is not stream"),
         }
     }
 

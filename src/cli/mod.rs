@@ -5,15 +5,20 @@
 //! away (`flea inspect m.gguf | head`) is no failure. The last room before the programs: nothing depends on it.
 
 pub mod bench;
+#[cfg(feature = "run")]
+pub mod bench_predict;
 pub mod bench_raw;
 pub mod ctl;
 pub mod flead;
 pub mod inspect;
 pub mod plan;
+pub mod probe;
 #[cfg(feature = "run")]
 pub mod run;
 pub mod synth;
 pub mod table;
+pub mod trace;
+pub mod values;
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
@@ -21,6 +26,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use clap::error::{ContextKind, ContextValue};
 use serde::Serialize;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
@@ -30,7 +36,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::units;
 
 /// The environment variables flea reads, besides one for each key of flead.toml (`FLEA_LIMITS_CLIENTS`). Any other `FLEA_*` is a slip of the fingers and is warned about.
-pub const ENVIRONMENT: [&str; 8] = [
+pub const ENVIRONMENT: [&str; 9] = [
     "FLEA_MEMORY",
     "FLEA_MODEL",
     "FLEA_STATS",
@@ -39,7 +45,12 @@ pub const ENVIRONMENT: [&str; 8] = [
     "FLEA_LOG",
     "FLEA_FAULT",
     "FLEA_CONFIG",
+    "FLEA_PROFILE",
 ];
+
+/// Options that an environment variable stands in for.
+const OPTION_VARIABLES: [(&str, &str); 2] =
+    [("--memory", "FLEA_MEMORY"), ("--reader", "FLEA_READER")];
 
 /// Shown below `flea --help`.
 pub const EXAMPLES: &str = "\
@@ -50,6 +61,7 @@ Examples:
   flea synth --size 4GiB -o big.gguf
   flea bench stream big.gguf --memory 10% --passes 3
   flea bench raw big.gguf
+  flea probe /models
 
 Sizes are written 4GiB, 4GB, 512M, or as a number of bytes; a memory budget also as a share of the model, 50%.
 Exit codes: 0 done, 1 failed, 2 usage, 3 daemon unreachable, 4 budget or resource refused, 5 not a model file or its \
@@ -73,11 +85,38 @@ pub fn usage(error: &clap::Error, json: bool) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let _ = error.print();
+    let source = from_environment(error, std::env::args_os().skip(1));
+    if let Some(variable) = source {
+        let _ = writeln!(
+            std::io::stderr(),
+            "The value is that of the environment variable {variable}; unset it, or give the option."
+        );
+    }
     if json {
-        let message = first_paragraph(&error.render().to_string());
+        let mut message = first_paragraph(&error.render().to_string());
+        if let Some(variable) = source {
+            message += &format!(" (from the environment variable {variable})");
+        }
         print_failure(&Error::new(ErrorKind::Invalid, message));
     }
     ExitCode::from(ErrorKind::Invalid.exit_code())
+}
+
+/// The environment variable that a refused value came from, where it was not an option: clap names only the option.
+fn from_environment(
+    error: &clap::Error,
+    mut arguments: impl Iterator<Item = OsString>,
+) -> Option<&'static str> {
+    let Some(ContextValue::String(argument)) = error.get(ContextKind::InvalidArg) else {
+        return None;
+    };
+    let option = argument.split(' ').next().unwrap_or_default();
+    let (_, variable) = OPTION_VARIABLES.iter().find(|(name, _)| *name == option)?;
+    let given = arguments.any(|argument| {
+        let text = argument.to_string_lossy();
+        text == option || text.starts_with(&format!("{option}="))
+    });
+    (!given).then_some(*variable)
 }
 
 /// What clap says before it explains the usage, on one line.

@@ -12,18 +12,24 @@ use serde::Serialize;
 
 use super::table::{Align, Table};
 use crate::error::Result;
+use crate::io::profile::{self, Device, Found};
 use crate::model::Catalog;
 use crate::plan::budget::{HostShape, resolve_and_plan, smallest_total_bytes};
 use crate::plan::{
-    Budget, Plan, PlanOptions, Prediction, SLOTS_DEFAULT, SLOTS_MAX, SLOTS_MIN, default_page_bytes,
-    predict,
+    Budget, Plan, PlanOptions, SLOTS_DEFAULT, SLOTS_MAX, SLOTS_MIN, default_page_bytes, peak_bytes,
 };
 use crate::units::{HumanBytes, MemorySpec};
 
+pub mod prediction;
+
+use prediction::{Basis, PredictionReport};
+
 /// Context that `flea run` takes unless told otherwise, or the model's if that is shorter.
 const CONTEXT_DEFAULT_COUNT: u64 = 4096;
+/// llama.cpp's cache holds a multiple of this.
+const CONTEXT_STEP_COUNT: u64 = 256;
 /// Tokens of a ubatch that `flea run` takes unless told otherwise.
-const UBATCH_DEFAULT_COUNT: u64 = 512;
+const UBATCH_DEFAULT_COUNT: u32 = 512;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -31,7 +37,8 @@ Examples:
   flea plan model.gguf --memory 50% --drive-gbps 2.4 --compute-seconds 0.25
   flea plan model.gguf --memory 8GiB --layers
 
-Without --host-bytes, what `flea run` holds besides the weights is estimated. `flea bench raw` measures the drive.
+Without --host-bytes, what `flea run` holds besides the weights is estimated from --ctx and --ubatch. The prediction
+comes from the drive's profile, which `flea probe` measures; --drive-gbps and --compute-seconds overrule it.
 Exit code 4: the budget is too small; the message names the smallest one that works.";
 
 /// Show what a memory budget means for a model: what stays in memory, what is streamed, how fast that is
@@ -58,19 +65,21 @@ pub struct Args {
     #[arg(long, value_name = "BYTES", value_parser = page_bytes_parser())]
     pub page_bytes: Option<u64>,
 
-    /// The drive's rate in GB/s (10^9 bytes), for the prediction
+    /// Tokens of context the host makes room for [default: the model's own, at most 4096]
+    #[arg(long, value_name = "TOKENS", value_parser = super::count)]
+    pub ctx: Option<u32>,
+
+    /// Prompt tokens the host computes in one pass
+    #[arg(long, value_name = "TOKENS", default_value_t = UBATCH_DEFAULT_COUNT, value_parser = super::count)]
+    pub ubatch: u32,
+
+    /// The drive's rate in GB/s (10^9 bytes), for the prediction [default: the drive's profile]
     #[arg(long, value_name = "X", value_parser = positive)]
     pub drive_gbps: Option<f64>,
 
-    /// Seconds that computing one token takes with all weights in memory, for the prediction
-    #[arg(
-        long,
-        value_name = "S",
-        default_value_t = 0.0,
-        value_parser = not_negative,
-        requires = "drive_gbps"
-    )]
-    pub compute_seconds: f64,
+    /// Seconds that computing one token takes with all weights in memory, for the prediction [default: the profile]
+    #[arg(long, value_name = "S", value_parser = not_negative)]
+    pub compute_seconds: Option<f64>,
 
     /// Show every layer
     #[arg(long)]
@@ -113,9 +122,11 @@ fn not_negative(text: &str) -> std::result::Result<f64, String> {
 /// # Errors
 /// What reading the headers says; `Refused` when the budget does not do.
 pub fn command(args: &Args) -> Result<()> {
-    let (catalog, _shard_files) = crate::engine::read_catalog(&args.model)?;
+    let (catalog, files) = crate::engine::read_catalog(&args.model)?;
+    let drive = files.first().map(Device::of_shard);
+    let found = drive.map_or(Found::Nothing, |drive| profile::find(&drive));
     let available_bytes = crate::mem::limits::available_memory_bytes()?;
-    let report = Report::new(args, &catalog, available_bytes)?;
+    let report = Report::new(args, &catalog, available_bytes, &found)?;
     if args.json {
         super::print_json(&report)
     } else {
@@ -146,22 +157,14 @@ struct Report {
     slot_bytes: u64,
     layers_count: u32,
     transient_layers_count: u32,
-    /// Without `--drive-gbps` there is nothing to predict from.
+    /// The most the host will hold, once its context is full and a prompt has filled a ubatch.
+    peak_memory_bytes: u64,
+    /// Where the prediction's figures come from.
+    profile: String,
+    /// `null` without a profile and without `--drive-gbps`: there is nothing to predict from.
     prediction: Option<PredictionReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
     layers: Option<Vec<LayerReport>>,
-}
-
-#[derive(Debug, Serialize)]
-struct PredictionReport {
-    drive_gb_per_second: f64,
-    compute_seconds: f64,
-    read_seconds: f64,
-    seconds_per_pass: f64,
-    /// `null` when nothing is streamed and no compute time is given.
-    tokens_per_second: Option<f64>,
-    stall_seconds: f64,
-    stall_share: f64,
 }
 
 #[derive(Debug, Serialize)]
@@ -180,8 +183,8 @@ struct LayerReport {
 
 impl Report {
     /// Plans `catalog` as `args` say. `available_bytes`: what this process may hold.
-    fn new(args: &Args, catalog: &Catalog, available_bytes: u64) -> Result<Self> {
-        let host_bytes = args.host_bytes.unwrap_or_else(|| estimate(catalog));
+    fn new(args: &Args, catalog: &Catalog, available_bytes: u64, found: &Found) -> Result<Self> {
+        let host_bytes = args.host_bytes.unwrap_or_else(|| estimate(args, catalog));
         let options = PlanOptions {
             slots_count: args.slots,
             page_bytes: args
@@ -190,15 +193,13 @@ impl Report {
         };
         let (budget, plan) =
             resolve_and_plan(catalog, args.memory, available_bytes, host_bytes, &options)?;
-        let prediction = match args.drive_gbps {
-            Some(rate) => Some(PredictionReport::new(
-                rate,
-                &predict(&plan, rate * 1e9, args.compute_seconds)?,
-            )),
-            None => None,
-        };
+        let basis = Basis::new(args.drive_gbps, args.compute_seconds, found, catalog, &plan);
+        let prediction = basis
+            .map(|basis| PredictionReport::new(&plan, &basis))
+            .transpose()?;
         Ok(Self {
             prediction,
+            profile: found.to_string(),
             layers: args.layers.then(|| layer_reports(catalog, &plan)),
             ..Self::of_plan(args, catalog, &budget, &plan)
         })
@@ -228,6 +229,8 @@ impl Report {
             slot_bytes: plan.slot_bytes(),
             layers_count: u32::try_from(plan.layers.len()).unwrap_or(u32::MAX),
             transient_layers_count: plan.transient_layers_count(),
+            peak_memory_bytes: peak_bytes(plan, budget.host_bytes),
+            profile: String::new(),
             prediction: None,
             layers: None,
         }
@@ -287,7 +290,12 @@ impl Report {
                 size(self.smallest_budget_bytes)
             ),
         );
-        table.field("prediction", self.prediction_text());
+        table.field(
+            "peak memory",
+            format_args!("{} with a full context", size(self.peak_memory_bytes)),
+        );
+        table.field("profile", &self.profile);
+        table.field("prediction", prediction::text(self.prediction.as_ref()));
         table
     }
 
@@ -303,51 +311,20 @@ impl Report {
             HumanBytes(self.page_bytes)
         )
     }
-
-    fn prediction_text(&self) -> String {
-        let Some(prediction) = &self.prediction else {
-            return "give --drive-gbps for one; `flea bench raw` measures it".to_owned();
-        };
-        let Some(tokens_per_second) = prediction.tokens_per_second else {
-            return "nothing is streamed: compute alone sets the speed".to_owned();
-        };
-        let compute = if prediction.compute_seconds > 0.0 {
-            format!("{:.3} s of compute", prediction.compute_seconds)
-        } else {
-            "compute left out".to_owned()
-        };
-        format!(
-            "{tokens_per_second:.2} tokens/s, {:.3} s per token: {:.3} s of reading at {:.2} GB/s, {compute}, stalled {:.0} %",
-            prediction.seconds_per_pass,
-            prediction.read_seconds,
-            prediction.drive_gb_per_second,
-            prediction.stall_share * 100.0
-        )
-    }
-}
-
-impl PredictionReport {
-    fn new(drive_gb_per_second: f64, prediction: &Prediction) -> Self {
-        Self {
-            drive_gb_per_second,
-            compute_seconds: prediction.compute_seconds,
-            read_seconds: prediction.read_seconds,
-            seconds_per_pass: prediction.seconds_per_pass,
-            tokens_per_second: prediction.tokens_per_second,
-            stall_seconds: prediction.stall_seconds,
-            stall_share: prediction.stall_share,
-        }
-    }
 }
 
 /// What `flea run` with its defaults would hold besides the weights.
-fn estimate(catalog: &Catalog) -> u64 {
-    let context_count = catalog
+fn estimate(args: &Args, catalog: &Catalog) -> u64 {
+    let own_count = catalog
         .context_length
         .map_or(CONTEXT_DEFAULT_COUNT, |length| {
             length.min(CONTEXT_DEFAULT_COUNT)
         });
-    HostShape::of_catalog(catalog, context_count, UBATCH_DEFAULT_COUNT).host_bytes()
+    let context_count = args.ctx.map_or(own_count, u64::from);
+    // llama.cpp rounds the cells of its cache up; no ubatch is larger than the context.
+    let context_count = context_count.next_multiple_of(CONTEXT_STEP_COUNT);
+    let ubatch_count = u64::from(args.ubatch).min(context_count);
+    HostShape::of_catalog(catalog, context_count, ubatch_count).host_bytes()
 }
 
 fn layer_reports(catalog: &Catalog, plan: &Plan) -> Vec<LayerReport> {
@@ -429,7 +406,7 @@ mod tests {
     }
 
     fn report(line: &str) -> Result<Report> {
-        Report::new(&parse(line).unwrap(), &catalog(), 16 * GIB)
+        Report::new(&parse(line).unwrap(), &catalog(), 16 * GIB, &Found::Nothing)
     }
 
     #[test]
@@ -519,7 +496,7 @@ mod tests {
     fn without_host_bytes_an_estimate_is_used() {
         let report = report("--memory 1GiB").unwrap();
         assert!(report.host_bytes_estimated);
-        assert_eq!(report.host_bytes, estimate(&catalog()));
+        assert_eq!(report.host_bytes, estimate(&parse("").unwrap(), &catalog()));
         assert!(report.host_bytes >= crate::plan::budget::HOST_RESERVE_BYTES);
     }
 
@@ -532,7 +509,8 @@ mod tests {
             "--drive-gbps 0",
             "--drive-gbps inf",
             "--drive-gbps 1 --compute-seconds -1",
-            "--compute-seconds 1",
+            "--ctx 0",
+            "--ubatch 0",
             "--memory 0%",
             "--memory much",
         ] {

@@ -14,6 +14,8 @@ use signal_hook::flag;
 use crate::cli;
 use crate::cli::run::logits::LogitsFile;
 use crate::cli::run::progress::{Loading, Reading};
+use crate::cli::trace::TraceFile;
+use crate::cli::values;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ffi::types;
 use crate::host::session::prompt_tokens;
@@ -71,7 +73,7 @@ pub struct Args {
     tokens: Option<usize>,
 
     /// Memory for the whole process: 4GiB, 4GB, 512M, or a share of the weights, 50%
-    #[arg(long, value_name = "SIZE", env = "FLEA_MEMORY", value_parser = memory)]
+    #[arg(long, value_name = "SIZE", env = "FLEA_MEMORY", value_parser = memory, allow_hyphen_values = true)]
     memory: Option<String>,
 
     /// Tokens the context holds [default: the model's own, at most 4096]
@@ -79,7 +81,7 @@ pub struct Args {
     ctx: Option<u32>,
 
     /// Temperature; 0 always takes the likeliest token
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = values::temperature)]
     temp: f32,
 
     /// Choose among the K likeliest tokens only; 0 = all
@@ -87,7 +89,7 @@ pub struct Args {
     top_k: i32,
 
     /// Choose among the likeliest tokens that make up this share
-    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    #[arg(long, value_name = "P", default_value_t = 0.95, value_parser = values::probability)]
     top_p: f32,
 
     /// Seed of the dice
@@ -127,14 +129,13 @@ pub struct Args {
     no_stream: bool,
 
     /// Stream from flead, which listens on this socket; memory and reader are then the daemon's
-    #[arg(
-        long,
-        value_name = "SOCKET",
-        num_args = 0..=1,
-        default_missing_value = SOCKET_DEFAULT,
-        conflicts_with_all = ["no_stream", "slots", "page_bytes", "request_bytes", "depth"]
-    )]
+    #[arg(long, value_name = "SOCKET", num_args = 0..=1, default_missing_value = SOCKET_DEFAULT)]
+    #[arg(conflicts_with_all = ["no_stream", "slots", "page_bytes", "request_bytes", "depth", "trace"])]
     daemon: Option<PathBuf>,
+
+    /// Write what drive and compute did when, in Chrome's trace format (ui.perfetto.dev)
+    #[arg(long, value_name = "FILE", conflicts_with = "no_stream")]
+    trace: Option<PathBuf>,
 
     #[command(flatten)]
     streaming: StreamingArgs,
@@ -153,20 +154,24 @@ struct StreamingArgs {
     backing: u32,
 
     /// Slots of the ring, 2 to 64 [default: 3]
-    #[arg(long, value_name = "N", value_parser = cli::count)]
+    #[arg(long, value_name = "N", value_parser = values::slots)]
     slots: Option<u32>,
 
     /// Page size: 4KiB, 2MiB [default: by the size of a layer]
-    #[arg(long, value_name = "SIZE", value_parser = cli::small_size)]
-    page_bytes: Option<u32>,
+    #[arg(long, value_name = "SIZE", value_parser = values::page_bytes)]
+    page_bytes: Option<u64>,
 
     /// Bytes of one read [default: by the page size]
-    #[arg(long, value_name = "SIZE", value_parser = cli::small_size)]
+    #[arg(long, value_name = "SIZE", value_parser = values::request_bytes)]
     request_bytes: Option<u32>,
 
-    /// Reads in flight [default: 8]
-    #[arg(long, value_name = "N", value_parser = cli::count)]
+    /// Reads in flight, 1 to 256 [default: 32 MiB worth, 4 to 16]
+    #[arg(long, value_name = "N", value_parser = values::depth)]
     depth: Option<u32>,
+
+    /// Compute with a layer only when all of it is there, not as its parts arrive: to compare
+    #[arg(long)]
+    whole_layers: bool,
 }
 
 /// Checks a memory size early; the engine takes the text.
@@ -219,11 +224,13 @@ struct Answer<'a> {
     stall_seconds: f64,
     acquires: u64,
     loads: u64,
+    early_pieces: u64,
     reader: &'static str,
     direct_io: bool,
     page_bytes: u64,
     huge_page_share: f64,
     peak_memory_bytes: u64,
+    profile: String,
 }
 
 /// Runs the command.
@@ -245,12 +252,16 @@ pub fn command(args: &Args) -> Result<ExitCode> {
         .map(|path| LogitsFile::create(path, &args.model))
         .transpose()?;
 
+    let trace = TraceFile::create(args.trace.as_deref())?;
     let mut loading = Loading::start(args.json);
     let mut session = Session::open(&session_options(args), &mut |share| {
         loading.show(share);
         !STOP.load(Ordering::Relaxed)
     })?;
     loading.finish();
+    if let Some(trace) = &trace {
+        session.trace_into(trace.trace());
+    }
 
     let mut sampler = Sampler::new(session.model(), &sample_options(args))?;
     let outcome = match prompt {
@@ -261,6 +272,9 @@ pub fn command(args: &Args) -> Result<ExitCode> {
         }
         Prompt::Tokens(tokens) => answer(&mut session, &mut sampler, &tokens, args, rows.as_mut()),
     };
+    let label = |layer| session.layer_label(layer);
+    let written = trace.map_or(Ok(()), |trace| trace.write(&label));
+    let outcome = cli::trace::both(outcome, written);
     match rows {
         Some(rows) if outcome.is_ok() => rows.finish()?,
         _ => {}
@@ -358,9 +372,10 @@ fn session_options(args: &Args) -> SessionOptions {
             },
             reader: streaming.reader,
             slots_count: streaming.slots.unwrap_or(0),
-            page_bytes: streaming.page_bytes.unwrap_or(0),
+            page_bytes: streaming.page_bytes.unwrap_or(0) as u32, // 4 KiB or 2 MiB
             request_bytes: streaming.request_bytes.unwrap_or(0),
             depth: streaming.depth.unwrap_or(0),
+            whole_layers: streaming.whole_layers,
         }),
         context_tokens: args.ctx,
         ubatch_tokens: args.ubatch,
@@ -523,11 +538,13 @@ fn print_answer(session: &Session, generation: &Generation, figures: &Figures) -
         stall_seconds: figures.stall_seconds,
         acquires: figures.acquires,
         loads: figures.loads,
+        early_pieces: figures.early_pieces,
         reader: figures.reader,
         direct_io: figures.direct_io,
         page_bytes: figures.page_bytes,
         huge_page_share: figures.huge_page_share,
         peak_memory_bytes: figures.peak_memory_bytes,
+        profile: figures.profile.clone(),
     })
 }
 
@@ -542,7 +559,11 @@ fn gigabytes_per_second(figures: &Figures) -> f64 {
 /// The last line on stderr.
 fn say_summary(generation: &Generation, figures: &Figures) {
     let tokens = per_second(decode_passes(generation), generation.decode_seconds);
-    let mut line = format!("{} tokens, {tokens:.2} tokens/s", generation.tokens.len());
+    let mut line = match generation.tokens.len() {
+        // The only token came out of the prompt's pass: there is no rate to tell.
+        1 => "1 token".to_owned(),
+        count => format!("{count} tokens, {tokens:.2} tokens/s"),
+    };
     if let Some(resident_bytes) = figures.resident_bytes {
         // Of the weights that are planned: what the host keeps itself (token embeddings) is not flea's to stream.
         let planned_bytes = resident_bytes + figures.streamed_bytes_per_pass.unwrap_or(0);

@@ -40,34 +40,38 @@ impl Default for Leases {
 }
 
 impl Leases {
-    /// Books a lease of `layer` for `thread`.
+    /// Books a lease of `layer` for `thread`; true when it had none before.
     ///
     /// # Errors
     /// `Busy` when [`LEASES_MAX`] are out.
-    pub fn add(&mut self, layer: u32, thread: u64) -> Result<()> {
+    pub fn add(&mut self, layer: u32, thread: u64) -> Result<bool> {
         let same = |lease: &Lease| lease.thread == thread && lease.layer == layer;
         match self.list.iter().position(same) {
-            Some(index) => self.list[index].count += 1,
-            None if self.list.len() >= LEASES_MAX => {
-                return Err(Error::new(
-                    ErrorKind::Busy,
-                    format!("{LEASES_MAX} leases are out; release some first"),
-                ));
+            Some(index) => {
+                self.list[index].count += 1;
+                Ok(false)
             }
-            None => self.list.push(Lease {
-                thread,
-                layer,
-                count: 1,
-            }),
+            None if self.list.len() >= LEASES_MAX => Err(Error::new(
+                ErrorKind::Busy,
+                format!("{LEASES_MAX} leases are out; release some first"),
+            )),
+            None => {
+                self.list.push(Lease {
+                    thread,
+                    layer,
+                    count: 1,
+                });
+                Ok(true)
+            }
         }
-        Ok(())
     }
 
-    /// Takes a lease back: this thread's if it has one, else any (a lease may be released on another thread).
+    /// Takes a lease back: this thread's if it has one, else any (a lease may be released on another thread). True when
+    /// that thread has none of the layer left.
     ///
     /// # Errors
     /// `Invalid` when the layer is not leased.
-    pub fn remove(&mut self, layer: u32, thread: u64) -> Result<()> {
+    pub fn remove(&mut self, layer: u32, thread: u64) -> Result<bool> {
         let of_layer = |lease: &Lease| lease.layer == layer;
         let mine = |lease: &Lease| of_layer(lease) && lease.thread == thread;
         let found = self.list.iter().position(mine);
@@ -78,10 +82,11 @@ impl Leases {
             ));
         };
         self.list[index].count -= 1;
-        if self.list[index].count == 0 {
+        let gone = self.list[index].count == 0;
+        if gone {
             self.list.swap_remove(index);
         }
-        Ok(())
+        Ok(gone)
     }
 
     /// True when nothing is held.

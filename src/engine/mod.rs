@@ -1,10 +1,12 @@
 //! The engine: ties plan, pool and reader together. `file -> catalog -> plan -> reader -> pool -> **lease** -> host`.
 //!
 //! * [`open`]: path to catalog. * [`model`]: what a host holds. * `layout`: what there is to fetch.
-//! * `order`: what comes next. * `state`: who holds what. * `pick`: what to read next. * [`board`]: leases of other
-//!   processes. * `wait`: how a host sleeps for it. * `stream`: the one thread that moves bytes.
+//! * `order`: what comes next. * [`trace`]: what happened when. * `reading`: how it is read. * `state`: who holds what.
+//! * `pick`: what to read next. * [`board`]: leases of other processes. * `wait`: how a host sleeps for it. * `stream`: the
+//!   one thread that moves bytes.
 
 pub mod board;
+mod counting;
 mod layout;
 pub mod leases;
 pub mod model;
@@ -12,11 +14,13 @@ pub mod open;
 mod order;
 mod pick;
 mod placement;
+mod reading;
 pub mod serve;
 pub mod share;
 mod state;
 pub mod stats;
 mod stream;
+pub mod trace;
 mod wait;
 
 pub use board::Board;
@@ -26,3 +30,4 @@ pub use model::{BudgetSpec, Model, OpenOptions};
 pub use open::read_catalog;
 pub use stats::{BudgetReport, Fallback, FallbackKind, STALL_BOUNDS_NS, SlotCounts, Stats};
 pub use stream::Shared;
+pub use trace::Trace;

@@ -8,12 +8,15 @@ use super::layout::{Layout, Spans};
 use super::leases::thread_id;
 use super::open::read_catalog;
 use super::placement;
+use super::reading::{profile_of, reader_options};
 use super::state::{Need, State};
-use super::stats::{BudgetReport, Fallback, FallbackKind, Stats};
+use super::stats::{BudgetReport, Fallback};
 use super::stream::{self, Core, Shared, Started};
+use super::trace::Trace;
 use super::wait::{Asked, wait};
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Counters, ReaderOptions, ShardFile, Waker, default_request_bytes};
+use crate::io::profile::Found;
+use crate::io::{Counters, ReaderOptions, ShardFile, Waker};
 use crate::mem::{Backing, Pool, PoolOptions, Windows, limits};
 use crate::model::Catalog;
 use crate::plan::{self, Plan, PlanOptions, budget};
@@ -54,6 +57,8 @@ pub struct OpenOptions {
     pub host_pending_bytes: Arc<AtomicU64>,
     /// For a model in the daemon: its clients, and its part of the drive.
     pub shared: Shared,
+    /// Where events go; `None` traces nothing.
+    pub trace: Option<Arc<Trace>>,
 }
 
 impl Default for OpenOptions {
@@ -68,33 +73,35 @@ impl Default for OpenOptions {
             numa: true,
             host_pending_bytes: Arc::default(),
             shared: Shared::default(),
+            trace: None,
         }
     }
 }
 
 /// What exists once the plan is made.
 #[derive(Debug)]
-struct Running {
-    plan: Plan,
-    budget: BudgetReport,
-    core: Arc<Core>,
-    started: Started,
-    not_bound: Option<Fallback>,
-    thread: Option<JoinHandle<()>>,
+pub(super) struct Running {
+    pub(super) plan: Plan,
+    pub(super) budget: BudgetReport,
+    pub(super) core: Arc<Core>,
+    pub(super) started: Started,
+    pub(super) not_bound: Option<Fallback>,
+    pub(super) thread: Option<JoinHandle<()>>,
 }
 
 /// A model that is open.
 #[derive(Debug)]
 pub struct Model {
     // Dropped first: it ends the stream, which uses files and windows.
-    running: OnceLock<Running>,
-    starting: Mutex<()>,
-    catalog: Arc<Catalog>,
-    files: Arc<[ShardFile]>,
-    windows: Arc<Windows>,
-    spans: Spans,
-    options: OpenOptions,
-    page_bytes: u64,
+    pub(super) running: OnceLock<Running>,
+    pub(super) starting: Mutex<()>,
+    pub(super) catalog: Arc<Catalog>,
+    pub(super) files: Arc<[ShardFile]>,
+    pub(super) windows: Arc<Windows>,
+    pub(super) spans: Spans,
+    pub(super) options: OpenOptions,
+    pub(super) page_bytes: u64,
+    pub(super) trace: OnceLock<Arc<Trace>>,
 }
 
 impl Model {
@@ -147,12 +154,22 @@ impl Model {
                 .unwrap_or_else(|| plan::default_page_bytes(&catalog)),
             catalog,
             files,
+            trace: options
+                .trace
+                .clone()
+                .map_or_else(OnceLock::new, OnceLock::from),
             options,
         };
         if !model.options.defer_plan {
             model.running()?;
         }
         Ok(model)
+    }
+
+    /// Sends events to `trace` from the plan on: for who opens with a deferred plan. Only the first one counts, and one
+    /// given too late gets nothing.
+    pub fn trace_into(&self, trace: Arc<Trace>) {
+        let _ = self.trace.set(trace);
     }
 
     /// What is in the files.
@@ -192,6 +209,12 @@ impl Model {
         self.options.backing
     }
 
+    /// What is known about the drive of the first shard: request length and depth come from it where none are given.
+    #[must_use]
+    pub fn profile(&self) -> Found {
+        profile_of(&self.files[0])
+    }
+
     /// The constant address of byte `offset_bytes` of a shard. Readable only under a lease of its layer.
     #[must_use]
     pub fn address(&self, shard_index: u32, offset_bytes: u64) -> *const u8 {
@@ -222,15 +245,22 @@ impl Model {
         let running = self.running()?;
         let thread = thread_id();
         let mut state = running.core.state();
-        if state.ready(layer, need) || skip_the_wait() {
-            return state.lease(layer, thread);
-        }
-        let asked = Asked {
-            layer,
-            need,
-            thread,
+        let leased = if state.ready(layer, need) || skip_the_wait() {
+            let leased = state.lease(layer, thread);
+            drop(state);
+            leased
+        } else {
+            let asked = Asked {
+                layer,
+                need,
+                thread,
+            };
+            wait(&running.core, &running.started.waker, state, asked, timeout)
         };
-        wait(&running.core, &running.started.waker, state, asked, timeout)
+        if let (Some(trace), true) = (&running.core.trace, leased.is_ok()) {
+            trace.leased(layer);
+        }
+        leased
     }
 
     /// Gives a lease back. May be called on another thread than the acquire.
@@ -248,6 +278,9 @@ impl Model {
         let wake = {
             let mut state = running.core.state();
             state.release(layer, thread_id())?;
+            if let Some(trace) = &running.core.trace {
+                trace.released(layer);
+            }
             std::mem::take(&mut state.hungry)
         };
         if wake {
@@ -276,49 +309,10 @@ impl Model {
         Ok(())
     }
 
-    /// Counters so far; all zero before the plan is made. Measures the pool's pages, which takes milliseconds.
-    #[must_use]
-    pub fn stats(&self) -> Stats {
-        let mut stats = self.counters();
-        if let Some(running) = self.running.get() {
-            running.add_pages_to(&mut stats);
-        }
-        stats
-    }
-
-    /// [`Model::stats`] without what has to be measured: `huge_page_share` is 0 and fallbacks of memory are missing.
-    #[must_use]
-    pub fn counters(&self) -> Stats {
-        let mut stats = Stats {
-            reader: self.options.reader.kind,
-            backing: self.options.backing,
-            direct_io: self.files.iter().all(|file| file.direct().is_direct()),
-            fallbacks: self.buffered_shards(),
-            page_bytes: self.page_bytes,
-            ..Stats::default()
-        };
-        if let Some(running) = self.running.get() {
-            running.add_to(&mut stats);
-        }
-        stats
-    }
-
     /// What the stream works on, and how to wake it, once the plan is made.
     pub(super) fn core_and_waker(&self) -> Option<(&Core, &Waker)> {
         let running = self.running.get()?;
         Some((&running.core, &running.started.waker))
-    }
-
-    fn buffered_shards(&self) -> Vec<Fallback> {
-        let shards = self.files.iter().filter_map(|file| {
-            let reason = file.direct().fallback()?;
-            let reason = format!("{}: {reason}", file.path().display());
-            Some(Fallback {
-                kind: FallbackKind::Buffered,
-                reason,
-            })
-        });
-        shards.collect()
     }
 
     fn check_layer(&self, layer: u32) -> Result<()> {
@@ -399,6 +393,7 @@ impl Model {
         let pool_options = PoolOptions {
             binding: binding.clone(),
             cancel: None,
+            fill_behind: true,
         };
         let pool = Pool::new(
             Arc::clone(&self.windows),
@@ -407,7 +402,7 @@ impl Model {
             &pool_options,
         )?;
         let fixed_slots = self.options.backing == Backing::Shared;
-        let reader = self.reader_options(&plan);
+        let reader = reader_options(&self.options.reader, plan.page_bytes, &self.files[0]);
         let request_bytes = u64::from(reader.request_bytes);
         let layout = Arc::new(Layout::new(
             &self.catalog,
@@ -425,6 +420,7 @@ impl Model {
             pool: Mutex::new(pool),
             counters: Mutex::new(Counters::default()),
             stop: AtomicBool::new(false),
+            trace: self.trace.get().cloned(),
         });
         let (sender, receiver) = mpsc::sync_channel(1);
         let (thread_core, files) = (Arc::clone(&core), Arc::clone(&self.files));
@@ -464,16 +460,6 @@ impl Model {
         })
     }
 
-    /// The reader's options with every default filled in.
-    fn reader_options(&self, plan: &Plan) -> ReaderOptions {
-        let mut reader = self.options.reader.clone();
-        reader.page_bytes = plan.page_bytes;
-        if reader.request_bytes == 0 {
-            reader.request_bytes = default_request_bytes(plan.page_bytes);
-        }
-        reader
-    }
-
     fn make_plan(&self) -> Result<(Plan, BudgetReport)> {
         let process_bytes = limits::process_memory_bytes()?;
         let pending_bytes = self.options.host_pending_bytes.load(Ordering::Acquire);
@@ -511,53 +497,6 @@ impl Model {
                 )?;
                 Ok((plan, budget))
             }
-        }
-    }
-}
-
-impl Running {
-    fn add_to(&self, stats: &mut Stats) {
-        let counters = *self
-            .core
-            .counters
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        stats.reader = self.started.reader_kind;
-        stats.bytes_read = counters.bytes;
-        stats.reads = counters.reads;
-        stats.retries = counters.retries;
-        stats.read_ns = counters.busy_ns;
-        stats.resident_bytes = self.plan.resident_bytes;
-        if let Some(reason) = &self.started.fallback {
-            stats.fallbacks.push(Fallback {
-                kind: FallbackKind::Pread,
-                reason: reason.clone(),
-            });
-        }
-        stats.fallbacks.extend(self.not_bound.clone());
-        let state = self.core.state();
-        stats.acquires = state.acquires;
-        stats.releases = state.releases;
-        stats.loads = state.loads;
-        stats.stalls = state.stalls;
-        stats.stall_ns = state.stall_ns;
-        stats.stall_counts = state.stall_counts;
-        stats.slots = state.slot_counts();
-        stats.mispredicts = state.mispredicts();
-    }
-
-    fn add_pages_to(&self, stats: &mut Stats) {
-        // Measured without the pool's lock: walking the page tables takes milliseconds that the stream has not.
-        let probe = self.core.pool().probe();
-        match probe.report() {
-            Ok(pages) => {
-                stats.huge_page_share = pages.huge_page_share;
-                stats.page_bytes = pages.page_bytes;
-                stats
-                    .fallbacks
-                    .extend(pages.fallbacks.iter().map(Fallback::of_memory));
-            }
-            Err(error) => log::warn!("the pool's pages could not be measured: {error}"),
         }
     }
 }

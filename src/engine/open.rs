@@ -55,7 +55,7 @@ fn read_gguf(path: &Path, file: ShardFile) -> Result<(Catalog, Vec<ShardFile>)> 
     let mut headers = Vec::with_capacity(split.paths.len());
     let mut files = Vec::with_capacity(split.paths.len());
     for shard in &split.paths {
-        let file = ShardFile::open(shard)?;
+        let file = ShardFile::open(shard).map_err(|error| part_of(path, &error))?;
         headers.push(gguf::parse_shard(
             shard,
             file.len_bytes(),
@@ -66,12 +66,23 @@ fn read_gguf(path: &Path, file: ShardFile) -> Result<(Catalog, Vec<ShardFile>)> 
     Ok((catalog::from_gguf(headers)?, files))
 }
 
+/// A part that cannot be opened: which model it belongs to, and what would mend it.
+fn part_of(path: &Path, error: &Error) -> Error {
+    let remedy = if error.kind() == ErrorKind::NotFound {
+        "; all parts of a split model lie in one directory"
+    } else {
+        ""
+    };
+    let context = format!("{error}: it is a part of {}{remedy}", path.display());
+    Error::new(error.kind(), context)
+}
+
 fn read_safetensors_index(path: &Path) -> Result<(Catalog, Vec<ShardFile>)> {
     let index = safetensors::parse_index(path, &read_whole(path)?)?;
     let mut headers = Vec::new();
     let mut files = Vec::new();
     for shard in index.shard_paths(path) {
-        let file = ShardFile::open(&shard)?;
+        let file = ShardFile::open(&shard).map_err(|error| part_of(path, &error))?;
         headers.push(safetensors::parse_shard(
             &shard,
             file.len_bytes(),

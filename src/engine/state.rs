@@ -120,9 +120,9 @@ pub struct State {
     pub waiters: u32,
     /// Set when the stream can serve nobody any more.
     pub fatal: Option<Error>,
-    /// Successful acquires.
+    /// Leases given. A thread that acquires more of a layer that it holds extends its lease; that is not counted again.
     pub acquires: u64,
-    /// Releases.
+    /// Leases that came back whole.
     pub releases: u64,
     /// Transient runs read to the end.
     pub loads: u64,
@@ -240,15 +240,17 @@ impl State {
         u32::try_from(first).unwrap_or(u32::MAX)..u32::try_from(last).unwrap_or(u32::MAX)
     }
 
-    /// Gives `thread` a lease of a layer that is ready.
+    /// Gives `thread` a lease of a layer that is ready, or extends the one it has.
     ///
     /// # Errors
     /// `Busy` when the host has [`super::LEASES_MAX`] leases out.
     pub fn lease(&mut self, layer: u32, thread: u64) -> Result<()> {
-        self.leases.add(layer, thread)?;
+        let new = self.leases.add(layer, thread)?;
         self.layers[layer as usize].leases += 1;
-        self.acquires += 1;
-        self.order.note(layer);
+        if new {
+            self.acquires += 1;
+            self.order.note(layer);
+        }
         Ok(())
     }
 
@@ -257,9 +259,9 @@ impl State {
     /// # Errors
     /// `Invalid` when the layer is not leased.
     pub fn release(&mut self, layer: u32, thread: u64) -> Result<()> {
-        self.leases.remove(layer, thread)?;
+        let gone = self.leases.remove(layer, thread)?;
+        self.releases += u64::from(gone);
         self.layers[layer as usize].leases -= 1;
-        self.releases += 1;
         Ok(())
     }
 

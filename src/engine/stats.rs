@@ -91,7 +91,7 @@ pub struct Stats {
     pub direct_io: bool,
     /// What did not come out as wished.
     pub fallbacks: Vec<Fallback>,
-    /// Successful acquires.
+    /// Leases given; a further acquire of a layer that the thread holds extends its lease and is not counted.
     pub acquires: u64,
     /// Releases.
     pub releases: u64,

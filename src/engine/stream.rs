@@ -12,6 +12,7 @@ use super::board::Board;
 use super::layout::Layout;
 use super::share::Member;
 use super::state::{Job, Outcome, State};
+use super::trace::{Part, Trace};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{
     Completion, Counters, Reader, ReaderKind, ReaderOptions, Request, ShardFile, Waker,
@@ -39,6 +40,8 @@ pub struct Core {
     pub counters: Mutex<Counters>,
     /// Set to end the stream.
     pub stop: AtomicBool,
+    /// Where events go, when somebody wants them.
+    pub trace: Option<Arc<Trace>>,
 }
 
 impl Core {
@@ -186,7 +189,10 @@ impl Stream<'_> {
             let mut pool = self.core.pool();
             match job.slot {
                 Some(slot) => pool.aim(slot, &fetch.run)?,
-                None => pool.resident_target(&fetch.run),
+                None => {
+                    pool.check_filled()?;
+                    pool.resident_target(&fetch.run)
+                }
             }
         };
         if target.is_null() {
@@ -232,6 +238,19 @@ impl Stream<'_> {
                 len_bytes,
                 target: queued.target.wrapping_add(skip_bytes as usize),
             };
+            if let Some(trace) = &self.core.trace {
+                let len_bytes = len_bytes.min(
+                    self.files[fetch.run.shard_index as usize]
+                        .len_bytes()
+                        .saturating_sub(offset_bytes),
+                );
+                let part = Part {
+                    shard_index: fetch.run.shard_index,
+                    offset_bytes,
+                    len_bytes,
+                };
+                trace.read_begun(request.key, fetch.transient_of, part);
+            }
             // SAFETY: the target is a part of the run that Pool::aim or Pool::resident_target gave, at a distance below
             // its length. It stays: only this thread aims slots, State gives none away while its fetch is Loading,
             // nobody has a lease on it, and what the kernel does not give back is quarantined or kept at the end.
@@ -249,6 +268,9 @@ impl Stream<'_> {
         for completion in &completions {
             let (fetch, request) = (fetch_of(completion.key), completion.key as u32);
             let failed = completion.result.is_err();
+            if let Some(trace) = &self.core.trace {
+                trace.read_ended(completion.key, failed);
+            }
             if !completion.returned {
                 self.quarantine(fetch);
             }

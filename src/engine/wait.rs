@@ -67,6 +67,9 @@ pub fn wait(
         timeout.map(|timeout| begun + timeout),
     );
     state.stop_waiting(layer);
+    if let Some(trace) = &core.trace {
+        trace.waited(layer, begun);
+    }
     state.count_stall(begun);
     result?;
     state.lease(layer, asked.thread)

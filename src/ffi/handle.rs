@@ -156,6 +156,16 @@ impl Handle {
     }
 }
 
+/// The model behind a handle, for programs of this crate: what the C ABI has no call for.
+///
+/// # Safety
+/// `model` is open and stays so.
+#[cfg(feature = "run")]
+pub unsafe fn model_of<'a>(model: *const flea_model) -> &'a Opened {
+    // SAFETY: a flea_model* is a Handle made by flea_model_open, alive by this function's contract.
+    unsafe { &(*model.cast::<Handle>()).model }
+}
+
 fn read_pending(pointer: *const u64, into: &AtomicU64) {
     // SAFETY: NULL, or valid until the plan is made by the contract of flea_open_options.host_pending_bytes; callers
     // here run before that.
@@ -231,6 +241,7 @@ fn parse_options(
     };
     let defaults = OpenOptions::default();
     Ok(OpenOptions {
+        trace: None,
         budget,
         defer_plan: options.flags & types::FLEA_OPEN_DEFER_PLAN != 0,
         backing,

@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 pub mod calls;
-mod handle;
+pub(crate) mod handle;
 pub mod types;
 
 use crate::error::{Error, ErrorKind, Result};

@@ -194,7 +194,7 @@ pub struct flea_stats_data {
     pub direct_io: u32,
     /// FLEA_FALLBACK_* bits.
     pub fallbacks: u32,
-    /// Successful acquires.
+    /// Leases given. A further acquire of a layer that the thread holds extends its lease and is not counted.
     pub acquires: u64,
     /// Releases.
     pub releases: u64,

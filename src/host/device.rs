@@ -12,13 +12,16 @@ use llama_cpp_sys_2 as llama;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::ffi::calls;
+use crate::ffi::handle::model_of;
 use crate::ffi::types::{self, flea_info, flea_model, flea_open_options, flea_stats_data};
 use crate::host::session::Figures;
+use crate::proto::Opened;
 
 #[repr(C)]
 struct Config {
     struct_size: u32,
     loader_skips_streamed: bool,
+    whole_layers: bool,
     model: *mut flea_model,
 }
 
@@ -27,6 +30,7 @@ unsafe extern "C" {
     fn ggml_backend_flea_reg() -> llama::ggml_backend_reg_t;
     fn ggml_backend_flea_configure(config: *const Config) -> i32;
     fn ggml_backend_flea_pending_bytes() -> *const u64;
+    fn ggml_backend_flea_early_pieces() -> u64;
     fn ggml_backend_flea_last_failure(text: *mut *const c_char) -> i32;
 }
 
@@ -49,6 +53,8 @@ pub struct StreamOptions {
     pub request_bytes: u32,
     /// 0 = default.
     pub depth: u32,
+    /// Compute with a layer only when all of it is in memory.
+    pub whole_layers: bool,
 }
 
 /// The streamed model.
@@ -145,6 +151,7 @@ impl Streamed {
         let config = Config {
             struct_size: size_of::<Config>() as u32,
             loader_skips_streamed: true,
+            whole_layers: options.whole_layers,
             model,
         };
         // SAFETY: the struct is copied; the handle outlives the llama model (drop order in Session).
@@ -190,6 +197,12 @@ impl Streamed {
 }
 
 impl Handle {
+    /// The model behind the handle: what the C ABI has no call for.
+    pub(crate) fn model(&self) -> &Opened {
+        // SAFETY: opened by flea_model_open, which gives a live handle, and closed only in Drop.
+        unsafe { model_of(self.0) }
+    }
+
     /// Figures of the plan.
     ///
     /// # Errors
@@ -244,6 +257,8 @@ impl Handle {
         figures.stall_seconds = stats.stall_ns as f64 / 1e9;
         figures.acquires = stats.acquires;
         figures.loads = stats.loads;
+        // SAFETY: reads a counter, from any thread.
+        figures.early_pieces = unsafe { ggml_backend_flea_early_pieces() };
         figures.reader = match stats.reader {
             types::FLEA_READER_PREAD => "pread",
             _ => "io_uring",

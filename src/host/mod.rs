@@ -9,6 +9,7 @@
 //! Invariants: llama.cpp prints nothing (`log`); no panic crosses into C; computing and waiting stop on request.
 
 pub mod chat;
+pub mod compute;
 pub mod context;
 mod device;
 pub mod file;

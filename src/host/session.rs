@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use crate::engine::read_catalog;
+use crate::engine::{Trace, read_catalog};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::context::{ContextOptions, LlamaContext, LlamaModel, Origin, Progress};
 use crate::host::device::{self, Handle, StreamOptions, Streamed};
@@ -17,6 +17,7 @@ use crate::host::sample::{LogitsHash, Sampler};
 use crate::host::text::TextAssembler;
 use crate::host::{KvType, Token, log, process};
 use crate::io::ShardFile;
+use crate::io::profile::{self, Device, Found};
 use crate::mem::limits;
 use crate::model::{Format, gguf};
 
@@ -54,6 +55,7 @@ pub struct Session {
     used_tokens: usize,
     model_bytes: u64,
     loader_bytes: u64,
+    profile: String,
     hash: LogitsHash,
 }
 
@@ -127,6 +129,8 @@ pub struct Figures {
     pub acquires: u64,
     /// Transient runs read.
     pub loads: u64,
+    /// Pieces of graphs computed before their layer was whole.
+    pub early_pieces: u64,
     /// `io_uring`, `pread`, or `none` in a plain run.
     pub reader: &'static str,
     /// O_DIRECT on every shard.
@@ -137,6 +141,8 @@ pub struct Figures {
     pub huge_page_share: f64,
     /// Highest anonymous, shared and huge-page memory of this process.
     pub peak_memory_bytes: u64,
+    /// What is known about the drive the model lies on.
+    pub profile: String,
 }
 
 /// Watches the first reads from another thread.
@@ -171,6 +177,8 @@ impl Session {
         }
         let model_bytes = catalog.model_bytes;
         drop(catalog);
+        let drive = files.first().map(Device::of_shard);
+        let profile = drive.map_or(Found::Nothing, |drive| profile::find(&drive));
         log::install();
         crate::host::context::start_backend();
         let streamed = options
@@ -213,6 +221,7 @@ impl Session {
             used_tokens: 0,
             model_bytes,
             loader_bytes,
+            profile: profile.to_string(),
             hash: LogitsHash::default(),
         })
     }
@@ -229,6 +238,25 @@ impl Session {
         self.streamed
             .as_ref()
             .map(|streamed| Monitor(streamed.handle()))
+    }
+
+    /// Sends events to `trace`; before the first prompt. A plain run has none.
+    pub fn trace_into(&self, trace: Arc<Trace>) {
+        if let Some(streamed) = &self.streamed {
+            streamed.handle().model().trace_into(trace);
+        }
+    }
+
+    /// The name of a layer.
+    #[must_use]
+    pub fn layer_label(&self, layer: u32) -> String {
+        let label = |streamed: &Streamed| {
+            let handle = streamed.handle();
+            let layer = handle.model().catalog().layers.get(layer as usize)?;
+            Some(layer.label.clone())
+        };
+        let label = self.streamed.as_ref().and_then(label);
+        label.unwrap_or_else(|| format!("layer {layer}"))
     }
 
     /// FNV-1a 64 over all rows of logits so far, 16 hexadecimal digits.
@@ -393,6 +421,7 @@ impl Session {
             loader_bytes: self.loader_bytes,
             reader: "none",
             peak_memory_bytes: limits::peak_memory_bytes()?,
+            profile: self.profile.clone(),
             ..Figures::default()
         };
         if let Some(streamed) = &self.streamed {

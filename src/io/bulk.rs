@@ -1,4 +1,4 @@
-//! Reads a file round and round through a [`Reader`] for a while: what `flea bench raw` measures with.
+//! Reads a file round and round through a [`Reader`] for a while: what `flea bench raw` and `flea probe` measure with.
 //!
 //! Invariant: safe to call, because the memory is owned for the time of the reading and, should the kernel keep a
 //! request, leaked instead of freed. Place: a user of `reader` in `file -> catalog -> plan -> reader -> pool -> ...`.
@@ -23,14 +23,51 @@ pub struct Swept {
     pub wall: Duration,
 }
 
+/// In which order requests are made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Order {
+    /// One behind the other.
+    #[default]
+    Sequential,
+    /// Anywhere in the file; the number is where the dice stand.
+    Random(u64),
+}
+
 /// Where to go on reading: the sweep's points continue each other, so that none re-reads what a drive's cache holds.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Cursor {
     /// Offset of the next request.
     pub offset_bytes: u64,
+    /// What comes after it.
+    pub order: Order,
 }
 
-/// Reads shard 0 sequentially, around its end if need be, for `span`, into `memory`, which is lent and comes back.
+impl Cursor {
+    /// The offset of the next request, within the file, and a step on.
+    fn take(&mut self, request_bytes: u64, file_bytes: u64) -> u64 {
+        match &mut self.order {
+            Order::Sequential => {
+                if self.offset_bytes >= file_bytes {
+                    self.offset_bytes = 0;
+                }
+                let offset_bytes = self.offset_bytes;
+                self.offset_bytes += request_bytes;
+                offset_bytes
+            }
+            Order::Random(state) => {
+                // xorshift64*: the upper half of the product is as good as dice get for this.
+                *state ^= *state >> 12;
+                *state ^= *state << 25;
+                *state ^= *state >> 27;
+                let dice = state.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 32;
+                // Whole requests only: a short one at the end would count as a fast one.
+                dice % (file_bytes / request_bytes).max(1) * request_bytes
+            }
+        }
+    }
+}
+
+/// Reads shard 0 in the cursor's order, around its end if need be, for `span`, into `memory`, which is lent and comes back.
 ///
 /// # Errors
 /// The first failed read; `NoMemory` when the memory is smaller than depth times request. The memory is gone when the
@@ -82,13 +119,11 @@ fn run(
             let Some(place) = places.pop_front() else {
                 break;
             };
-            if cursor.offset_bytes >= file_bytes {
-                cursor.offset_bytes = 0;
-            }
+            let offset_bytes = cursor.take(request_bytes, file_bytes);
             let request = Request {
                 key: place,
                 shard_index: 0,
-                offset_bytes: cursor.offset_bytes,
+                offset_bytes,
                 len_bytes: request_bytes,
                 // SAFETY: place < len_bytes / request_bytes, so the whole place lies within the memory.
                 target: unsafe { memory.as_ptr().add((place * request_bytes) as usize) },
@@ -96,8 +131,7 @@ fn run(
             // SAFETY: a place is used by one request at a time; the memory lives until the reader is drained, and is
             // leaked if that fails.
             unsafe { reader.submit(request)? };
-            bytes += request_bytes.min(file_bytes - cursor.offset_bytes);
-            cursor.offset_bytes += request_bytes;
+            bytes += request_bytes.min(file_bytes - offset_bytes);
         }
         if reader.in_flight() == 0 {
             break;

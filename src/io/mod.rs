@@ -14,6 +14,7 @@ pub mod fault;
 mod filesystem;
 mod memory;
 mod pread;
+pub mod profile;
 mod request;
 mod setup;
 mod uring;
@@ -32,6 +33,7 @@ use std::time::Duration;
 
 pub use direct::{DirectIo, HeaderReader, Identity, ShardFile};
 pub use memory::AlignedMemory;
+pub use request::REQUEST_MOST_BYTES;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{MIB, PAGE_2M, PAGE_4K};
@@ -131,8 +133,12 @@ impl Default for ReaderOptions {
 ///
 /// On 2 MiB pages 4 MiB is the fastest and by far the steadiest (slowest tenth 1.82 against 1.44 with 1 MiB). On 4 KiB
 /// pages a request of the drive ends at 254 segments, about 1 MiB, and longer ones are only split again; layers are
-/// small there, so 1 MiB it is. Into 4 MiB of memory, reused, 512 KiB x 8 comes to 1.9 to 2.0: the memory stays in the
-/// cache of the host below, which streaming cannot have.
+/// small there, so 1 MiB it is.
+///
+/// A benchmark that reads into the same few MiB again and again looks faster than any of these, because its memory
+/// stays in a processor cache. 512 KiB x 8 over memory of 4 / 16 / 32 / 64 / 128 / 512 / 2048 MiB on a quiet machine:
+/// 2.24 / 2.06 / 1.92 / 1.77 / 1.76 / 1.82 / 1.86 GB/s. Weights that stay cannot have that, nor does it pay to read
+/// there and copy: 1.8 GB/s, and a core's time.
 #[must_use]
 pub const fn default_request_bytes(page_bytes: u64) -> u32 {
     if page_bytes >= PAGE_2M {

@@ -20,7 +20,7 @@ const BACKOFF_FIRST: Duration = Duration::from_millis(2);
 const BACKOFF_MOST: Duration = Duration::from_millis(512);
 
 /// Linux moves at most 0x7ffff000 bytes per read; a request stays well under it.
-pub(super) const REQUEST_MOST_BYTES: u64 = 1 << 30;
+pub const REQUEST_MOST_BYTES: u64 = 1 << 30;
 
 /// What holds for every request of a reader.
 #[derive(Debug, Clone, Copy)]

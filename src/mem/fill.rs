@@ -69,10 +69,9 @@ impl<'a> Fill<'a> {
     /// # Safety
     /// The range belongs to flea, is mapped read-write and is whole pages; nobody else uses it yet.
     pub(super) unsafe fn range(&mut self, address: usize, len: usize, advise: bool) -> Result<()> {
-        let huge = self.page_bytes >= PAGE_2M;
         if advise {
             // SAFETY: per this function's contract.
-            unsafe { host::want_huge_pages(address, len, huge)? };
+            unsafe { self.advise(address, len)? };
         }
         self.bind(address, len);
         let mut at = address;
@@ -85,6 +84,26 @@ impl<'a> Fill<'a> {
             at += piece;
         }
         Ok(())
+    }
+
+    /// Says where a range's memory shall come from; it gets it later, from [`super::behind`].
+    ///
+    /// # Safety
+    /// As [`Fill::range`].
+    pub(super) unsafe fn range_later(&mut self, address: usize, len: usize) -> Result<()> {
+        // SAFETY: per this function's contract.
+        unsafe { self.advise(address, len)? };
+        self.bind(address, len);
+        Ok(())
+    }
+
+    /// Asks for the page size of the plan.
+    ///
+    /// # Safety
+    /// As [`Fill::range`].
+    unsafe fn advise(&self, address: usize, len: usize) -> Result<()> {
+        // SAFETY: per this function's contract.
+        unsafe { host::want_huge_pages(address, len, self.page_bytes >= PAGE_2M) }
     }
 
     /// Binds a range to the node; a failure is reported once and the memory is taken from anywhere.

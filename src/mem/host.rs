@@ -218,34 +218,52 @@ unsafe fn advise(address: usize, len: usize, advice: libc::c_int, verb: &str) ->
     Ok(())
 }
 
+/// 0 = not tried, 1 = the kernel knows MADV_POPULATE_WRITE, 2 = it does not.
+static POPULATE_KNOWN: AtomicU8 = AtomicU8::new(0);
+
 /// Gives every page of a writable range memory now, so that no read has to fault it in (a read into unpopulated memory runs at a tenth
 /// of the speed). Before Linux 5.14 the pages are touched instead.
 ///
 /// # Safety
 /// The range belongs to flea, is mapped read-write, and nobody else writes to it.
 pub(super) unsafe fn populate(address: usize, len: usize) -> Result<()> {
-    /// 0 = not tried, 1 = the kernel knows MADV_POPULATE_WRITE, 2 = it does not.
-    static KNOWN: AtomicU8 = AtomicU8::new(0);
-    if KNOWN.load(Ordering::Relaxed) != 2 {
+    if POPULATE_KNOWN.load(Ordering::Relaxed) != 2 {
         loop {
             // SAFETY: keeps contents; per this function's contract on a range of flea.
             match unsafe { advise(address, len, libc::MADV_POPULATE_WRITE, "populate") } {
                 Ok(()) => {
-                    KNOWN.store(1, Ordering::Relaxed);
+                    POPULATE_KNOWN.store(1, Ordering::Relaxed);
                     return Ok(());
                 }
                 Err(error) => match error.errno() {
                     Some(libc::EINTR | libc::EAGAIN) => continue,
-                    Some(libc::EINVAL) if KNOWN.load(Ordering::Relaxed) != 1 => break,
+                    Some(libc::EINVAL) if POPULATE_KNOWN.load(Ordering::Relaxed) != 1 => break,
                     _ => return Err(error),
                 },
             }
         }
-        KNOWN.store(2, Ordering::Relaxed);
+        POPULATE_KNOWN.store(2, Ordering::Relaxed);
     }
     // SAFETY: per this function's contract.
     unsafe { touch(address, len) };
     Ok(())
+}
+
+/// As [`populate`], beside reads into the same range: a part that is not writable any more, because its bytes have been read and
+/// published, is passed over. False when the kernel cannot (before Linux 5.14): touching would write over what was read.
+///
+/// # Safety
+/// The range belongs to flea and stays mapped.
+pub(super) unsafe fn populate_beside_reads(address: usize, len: usize) -> Result<bool> {
+    // SAFETY: keeps contents; per this function's contract on a range of flea.
+    match unsafe { advise(address, len, libc::MADV_POPULATE_WRITE, "populate") } {
+        Ok(()) => Ok(true),
+        Err(error) => match error.errno() {
+            Some(libc::EINTR | libc::EAGAIN | libc::EFAULT) => Ok(true),
+            Some(libc::EINVAL) => Ok(POPULATE_KNOWN.load(Ordering::Relaxed) != 2),
+            _ => Err(error),
+        },
+    }
 }
 
 /// Writes one byte of every page back to itself.

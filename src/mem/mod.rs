@@ -11,6 +11,7 @@ pub mod topology;
 pub mod window;
 pub mod words;
 
+mod behind;
 mod fill;
 mod host;
 mod private;

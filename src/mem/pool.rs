@@ -35,6 +35,9 @@ pub struct PoolOptions {
     pub binding: Option<Binding>,
     /// Set by another thread to give up while the memory is being allocated.
     pub cancel: Option<Arc<AtomicBool>>,
+    /// Private backing: give resident pages their memory while they are read, instead of all of it first. What runs out
+    /// then is told by [`Pool::check_filled`].
+    pub fill_behind: bool,
 }
 
 /// All memory for weights of one model.
@@ -173,6 +176,17 @@ impl Pool {
         }
     }
 
+    /// To be asked before a read into resident pages of a pool that is filled behind.
+    ///
+    /// # Errors
+    /// `NoMemory` when there was none left for them.
+    pub fn check_filled(&self) -> Result<()> {
+        match &self.store {
+            Store::Private(store) => store.check_filled(),
+            Store::Shared(_) => Ok(()),
+        }
+    }
+
     /// Where the reader writes a resident run (or a part of one); null when the run is not resident.
     #[must_use]
     pub fn resident_target(&self, run: &PageRun) -> *mut u8 {
@@ -194,7 +208,7 @@ impl Pool {
     }
 
     /// Gives a slot up for ever, because the kernel may still write into it: never aimed, reused or freed, not even when the pool is
-    /// dropped. In the private backing its place can no longer be read.
+    /// dropped. Its place stays readable, for a host that holds a lease on the part that had arrived.
     pub fn quarantine(&mut self, slot: u32) {
         match &mut self.store {
             Store::Private(store) => store.quarantine(slot),

@@ -11,6 +11,7 @@
 //! layer's bytes. Place in `file -> catalog -> plan -> reader -> pool -> lease -> host`: the default pool.
 #![allow(unsafe_code)]
 
+use super::behind::FillBehind;
 use super::fill::Fill;
 use super::host::{self, Protection};
 use super::pool::{Geometry, PoolOptions, check_disjoint, find_resident};
@@ -29,6 +30,8 @@ pub(super) struct Private {
     slots: Vec<Slot>,
     parking: Option<Parking>,
     resident_kept: bool,
+    /// Joined by drop before the memory goes.
+    behind: Option<FillBehind>,
     /// Last: the windows outlive what was mapped into them.
     windows: Arc<Windows>,
 }
@@ -87,6 +90,7 @@ impl Private {
             slots: Vec::with_capacity(geometry.slots_count as usize),
             parking: None,
             resident_kept: false,
+            behind: None,
             windows,
         };
         let resident_pages: u64 = plan.resident.iter().map(|run| run.page_count).sum();
@@ -99,7 +103,7 @@ impl Private {
             options.cancel.as_deref(),
         )?;
         store.make_slots(plan, &mut fill)?;
-        store.make_resident(plan, &mut fill)?;
+        store.make_resident(plan, &mut fill, options.fill_behind)?;
         let probe = store.probe(pool_bytes, fill);
         Ok((store, probe))
     }
@@ -151,7 +155,8 @@ impl Private {
     }
 
     /// Resident pages, in place and writable.
-    fn make_resident(&mut self, plan: &Plan, fill: &mut Fill<'_>) -> Result<()> {
+    fn make_resident(&mut self, plan: &Plan, fill: &mut Fill<'_>, behind: bool) -> Result<()> {
+        let mut later = Vec::new();
         for run in &plan.resident {
             let (address, len) = self.geometry.place(&self.windows, run)?;
             // Remembered first, so that a failure half way is undone by drop.
@@ -159,8 +164,17 @@ impl Private {
             // SAFETY: a place in our windows that no slot is ever aimed at (check_disjoint).
             unsafe {
                 host::protect(address, len, Protection::ReadWrite)?;
-                fill.range(address, len, true)?;
+                if behind {
+                    fill.range_later(address, len)?;
+                    later.push((address, len));
+                } else {
+                    fill.range(address, len, true)?;
+                }
             }
+        }
+        if !later.is_empty() {
+            // SAFETY: the places of resident pages, writable until they are published; drop joins before it frees them.
+            self.behind = Some(unsafe { FillBehind::begin(later)? });
         }
         Ok(())
     }
@@ -272,6 +286,11 @@ impl Private {
         unsafe { host::protect(aim.address, aim.len, Protection::Read) }
     }
 
+    /// What kept the resident pages from getting their memory.
+    pub(super) fn check_filled(&self) -> Result<()> {
+        self.behind.as_ref().map_or(Ok(()), FillBehind::check)
+    }
+
     pub(super) fn resident_target(&self, run: &PageRun) -> *mut u8 {
         let place = find_resident(&self.resident, run)
             .and_then(|_| self.geometry.place(&self.windows, run).ok());
@@ -301,9 +320,11 @@ impl Private {
         }
         if let Some(aim) = slot.aimed {
             self.windows.keep(aim.shard_index);
+            // Read-only and not out of reach: a host may hold a lease on the part that had arrived, and the drive's
+            // trouble must not become its crash. Nobody gets a new lease: the layer's fetch has failed.
             // SAFETY: the slot's own place. The kernel's hold on the pages is not touched by their protection.
-            if let Err(error) = unsafe { host::protect(aim.address, aim.len, Protection::None) } {
-                log::error!("a quarantined slot stays readable: {error}");
+            if let Err(error) = unsafe { host::protect(aim.address, aim.len, Protection::Read) } {
+                log::error!("a quarantined slot stays writable: {error}");
             }
         }
     }
@@ -387,6 +408,8 @@ impl Slot {
 
 impl Drop for Private {
     fn drop(&mut self) {
+        // The thread that fills must be gone before its places are.
+        self.behind = None;
         let tell = |result: Result<()>| {
             if let Err(error) = result {
                 log::error!("pool memory not given back: {error}");

@@ -29,7 +29,7 @@ use crate::units::{Extent, HumanBytes, MIB, PAGE_2M, PAGE_4K};
 use residency::{Ground, Need};
 
 pub use budget::Budget;
-pub use predict::{Prediction, predict};
+pub use predict::{Prediction, compute_seconds, peak_bytes, predict};
 
 /// Fewest slots: 1 that the host computes with, + 1 that is filled meanwhile. With fewer, drive and host take turns.
 pub const SLOTS_MIN: u32 = 1 + 1;

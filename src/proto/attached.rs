@@ -212,9 +212,9 @@ impl Attached {
     /// `Invalid` when the layer is not acquired.
     pub fn release(&self, layer: u32) -> Result<()> {
         self.check_layer(layer)?;
-        locked(&self.leases).remove(layer, thread_id())?;
+        let gone = locked(&self.leases).remove(layer, thread_id())?;
         self.page.sub(place::hold(layer), 1);
-        self.releases.fetch_add(1, Ordering::Relaxed);
+        self.releases.fetch_add(u64::from(gone), Ordering::Relaxed);
         self.released.notify_all();
         self.tell_of_release();
         Ok(())

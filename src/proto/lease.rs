@@ -79,15 +79,18 @@ impl Attached {
         if self.mapped[layer as usize].load(Ordering::Acquire) != generation {
             self.map(layer, generation)?;
         }
-        leases.add(layer, thread)?;
+        let new = leases.add(layer, thread)?;
         if self.wished[layer as usize].swap(false, Ordering::AcqRel) {
             self.page.sub(place::want(layer), 1);
         }
-        let head = self.page.load(place::RING_HEAD);
-        self.page
-            .store(place::RING + head as usize % place::RING_COUNT, layer);
-        self.page.store(place::RING_HEAD, head.wrapping_add(1));
-        self.acquires.fetch_add(1, Ordering::Relaxed);
+        // Taking the rest of a layer that is held is no new acquire.
+        if new {
+            let head = self.page.load(place::RING_HEAD);
+            self.page
+                .store(place::RING + head as usize % place::RING_COUNT, layer);
+            self.page.store(place::RING_HEAD, head.wrapping_add(1));
+            self.acquires.fetch_add(1, Ordering::Relaxed);
+        }
         Ok(true)
     }
 
@@ -188,6 +191,13 @@ impl Attached {
             return Ok(());
         };
         let leases = locked(&self.leases);
+        let failed = self.area.load(place::state(layer)) & board::FAILED != 0;
+        if failed && leases.holds(layer, thread) {
+            let context = format!(
+                "layer {layer} failed to arrive, and this thread holds a part of it; release it, then try again"
+            );
+            return Err(Error::new(ErrorKind::Busy, context));
+        }
         let in_the_way = leases.iter().find(|(held, holder)| {
             *holder == thread && *held != layer && plan.slot(*held) == Some(slot)
         });

@@ -1,11 +1,12 @@
 //! A model, wherever it is: in this process or in the daemon. The same calls, the same results.
 
 use super::Attached;
-use crate::engine::{BudgetReport, Model, OpenOptions, Stats};
+use crate::engine::{BudgetReport, Model, OpenOptions, Stats, Trace};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mem::Backing;
 use crate::model::Catalog;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Where a model is to be opened.
@@ -190,6 +191,14 @@ impl Opened {
         match self {
             Self::Local(model) => model.hint(layers),
             Self::Daemon(model) => model.hint(layers),
+        }
+    }
+
+    /// See [`Model::trace_into`]. What the daemon's stream does is not seen from here: nothing is traced.
+    pub fn trace_into(&self, trace: Arc<Trace>) {
+        match self {
+            Self::Local(model) => model.trace_into(trace),
+            Self::Daemon(_) => log::warn!("a model in the daemon is not traced"),
         }
     }
 

@@ -3,5 +3,6 @@
 
 pub mod bench_stream;
 pub mod gguf_write;
+pub mod probe;
 pub mod raw;
 pub mod synth;

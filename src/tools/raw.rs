@@ -103,16 +103,7 @@ pub struct RawReport {
 /// # Errors
 /// What opening, writing or reading the file gives; `NoMemory` for its 128 MiB of memory.
 pub fn measure(options: &RawOptions) -> Result<RawReport> {
-    let metadata = std::fs::metadata(&options.path)
-        .map_err(|error| Error::from_io(&error, format_args!("open {}", options.path.display())))?;
-    // The handle keeps the nameless file alive until the measurement is over.
-    let (file, _scratch) = if metadata.is_dir() {
-        let scratch = write_scratch(&options.path, options.size_bytes)?;
-        let nameless = format!("/proc/self/fd/{}", scratch.as_raw_fd());
-        (ShardFile::open(Path::new(&nameless))?, Some(scratch))
-    } else {
-        (ShardFile::open(&options.path)?, None)
-    };
+    let (file, scratch) = open_target(&options.path, options.size_bytes)?;
     let mut stand = Stand::new(file, options)?;
     let mut points = Vec::new();
     for request_bytes in REQUEST_BYTES {
@@ -129,27 +120,46 @@ pub fn measure(options: &RawOptions) -> Result<RawReport> {
         .iter()
         .map(|&request_bytes| stand.plain_point(request_bytes))
         .collect::<Result<Vec<_>>>()?;
-    Ok(stand.report(options, metadata.is_dir(), points, plain))
+    Ok(stand.report(options, scratch.is_some(), points, plain))
+}
+
+/// The file to read: `path` itself, or, in a directory, a nameless one, whose handle keeps it alive.
+pub(super) fn open_target(path: &Path, size_bytes: u64) -> Result<(ShardFile, Option<File>)> {
+    let metadata = std::fs::metadata(path)
+        .map_err(|error| Error::from_io(&error, format_args!("open {}", path.display())))?;
+    if !metadata.is_dir() {
+        return Ok((ShardFile::open(path)?, None));
+    }
+    let scratch = write_scratch(path, size_bytes)?;
+    let nameless = format!("/proc/self/fd/{}", scratch.as_raw_fd());
+    Ok((ShardFile::open(Path::new(&nameless))?, Some(scratch)))
 }
 
 /// What the points share.
-struct Stand {
+pub(super) struct Stand {
     files: Arc<[ShardFile]>,
-    span: Duration,
-    reader: ReaderKind,
+    /// Time per point.
+    pub(super) span: Duration,
+    /// Which reader it became.
+    pub(super) reader: ReaderKind,
     fallback: Option<String>,
     asked: ReaderKind,
     page_bytes: u64,
     /// Away only while a sweep has it.
     memory: Option<AlignedMemory>,
     huge_page_share: f64,
-    cursor: Cursor,
+    /// Where and in which order to go on.
+    pub(super) cursor: Cursor,
 }
 
 impl Stand {
     fn new(file: ShardFile, options: &RawOptions) -> Result<Self> {
+        Self::over(Arc::new([file]), options)
+    }
+
+    /// A stand over a file that another stand reads as well.
+    pub(super) fn over(files: Arc<[ShardFile]>, options: &RawOptions) -> Result<Self> {
         let memory = AlignedMemory::new(MEMORY_BYTES, options.page_bytes)?;
-        let files: Arc<[ShardFile]> = Arc::new([file]);
         let probe_options = ReaderOptions {
             kind: options.reader,
             ..ReaderOptions::default()
@@ -168,7 +178,8 @@ impl Stand {
         })
     }
 
-    fn point(&mut self, request_bytes: u64, depth: u32) -> Result<Point> {
+    /// Reads for the span.
+    pub(super) fn point(&mut self, request_bytes: u64, depth: u32) -> Result<Point> {
         let options = ReaderOptions {
             kind: self.asked,
             request_bytes: request_bytes as u32, // one of REQUEST_BYTES
@@ -227,6 +238,19 @@ impl Stand {
         ))
     }
 
+    /// Everything that is less than asked for.
+    pub(super) fn fallbacks(&self) -> Vec<String> {
+        let mut fallbacks: Vec<String> = self.fallback.iter().cloned().collect();
+        fallbacks.extend(self.files[0].direct().fallback().map(str::to_owned));
+        if self.page_bytes >= PAGE_2M && self.huge_page_share < 0.99 {
+            fallbacks.push(format!(
+                "{:.0} % of the memory is on 2 MiB pages; see /sys/kernel/mm/transparent_hugepage/enabled",
+                self.huge_page_share * 100.0
+            ));
+        }
+        fallbacks
+    }
+
     fn report(
         self,
         options: &RawOptions,
@@ -235,14 +259,7 @@ impl Stand {
         plain: Vec<Point>,
     ) -> RawReport {
         let file = &self.files[0];
-        let mut fallbacks: Vec<String> = self.fallback.into_iter().collect();
-        fallbacks.extend(file.direct().fallback().map(str::to_owned));
-        if self.page_bytes >= PAGE_2M && self.huge_page_share < 0.99 {
-            fallbacks.push(format!(
-                "{:.0} % of the memory is on 2 MiB pages; see /sys/kernel/mm/transparent_hugepage/enabled",
-                self.huge_page_share * 100.0
-            ));
-        }
+        let fallbacks = self.fallbacks();
         let best = points
             .iter()
             .copied()

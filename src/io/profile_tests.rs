@@ -1,0 +1,175 @@
+//! Tests of the profile: what is written is found again, for the same drive only, and nothing impossible is believed.
+
+use super::*;
+use crate::units::PAGE_2M;
+
+fn device() -> Device {
+    Device {
+        major: 259,
+        minor: 3,
+        model: Some("Fast SSD/9".to_owned()),
+        serial: None,
+        filesystem: "ext4".to_owned(),
+    }
+}
+
+fn profile() -> Profile {
+    Profile {
+        version: VERSION,
+        measured: "2026-01-02T03:04:05Z".to_owned(),
+        device: device(),
+        reader: "io_uring".to_owned(),
+        direct_io: "direct".to_owned(),
+        sequential: vec![Rate {
+            page_bytes: PAGE_2M,
+            request_bytes: 1 << 20,
+            depth: 4,
+            gb_per_second: 2.5,
+            spread: 0.02,
+            cpu_seconds_per_gb: 0.01,
+        }],
+        random: Vec::new(),
+        sustained: Some(Sustained {
+            seconds: 60.0,
+            first_gb_per_second: 2.5,
+            last_gb_per_second: 2.0,
+            slowest_gb_per_second: 1.5,
+        }),
+        memory: None,
+        compute: Vec::new(),
+        node_seconds: 0.0,
+    }
+}
+
+fn damage(change: impl FnOnce(&mut Profile)) -> String {
+    let directory = tempfile::tempdir().unwrap();
+    let mut profile = profile();
+    change(&mut profile);
+    // Under the name of the drive that is asked for, whatever the profile says.
+    let text = serde_json::to_string(&profile).unwrap();
+    fs::write(directory.path().join(device().file_name()), text).unwrap();
+    match find_in(directory.path(), &device()) {
+        Found::Damaged(reason) => reason,
+        found => panic!("{found:?}"),
+    }
+}
+
+#[test]
+fn a_profile_is_found_again_and_leaves_no_other_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let cache = directory.path().join("not/there/yet");
+    assert_eq!(find_in(&cache, &device()), Found::Nothing);
+    for _ in 0..2 {
+        let path = profile().save_in(&cache).unwrap();
+        assert_eq!(
+            path.file_name().unwrap().to_str().unwrap(),
+            "drive-259-3-ext4-Fast-SSD-9.json"
+        );
+    }
+    assert_eq!(fs::read_dir(&cache).unwrap().count(), 1);
+    let found = find_in(&cache, &device());
+    assert_eq!(found.profile(), Some(&profile()));
+    assert_eq!(found.to_string(), "measured 2026-01-02T03:04:05Z");
+    let other = Device {
+        minor: 4,
+        ..device()
+    };
+    assert_eq!(find_in(&cache, &other), Found::Nothing);
+}
+
+#[test]
+fn nothing_impossible_is_believed() {
+    assert!(damage(|p| p.version = 2).contains("version 2"));
+    assert!(damage(|p| p.device.serial = Some("B".to_owned())).contains("another drive"));
+    for change in [
+        (|p: &mut Profile| p.sequential[0].request_bytes = 0) as fn(&mut Profile),
+        |p| p.sequential[0].request_bytes = 4097,
+        |p| p.sequential[0].request_bytes = 128 << 20,
+        |p| p.sequential[0].depth = 0,
+        |p| p.sequential[0].depth = 100_000,
+        |p| p.sequential[0].gb_per_second = -1.0,
+        |p| p.sequential[0].gb_per_second = 1e9,
+        |p| p.node_seconds = -1.0,
+    ] {
+        assert!(damage(change).contains("impossible"));
+    }
+    assert!(damage(|p| p.sustained.as_mut().unwrap().first_gb_per_second = 0.0).contains('0'));
+}
+
+#[test]
+fn half_a_file_is_damaged_and_says_what_to_do() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = profile().save_in(directory.path()).unwrap();
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, &text[..text.len() / 2]).unwrap();
+    let Found::Damaged(reason) = find_in(directory.path(), &device()) else {
+        panic!("half a profile was believed");
+    };
+    assert!(
+        reason.contains("flea probe") && reason.contains("drive-259"),
+        "{reason}"
+    );
+    fs::write(&path, vec![b' '; FILE_BYTES_MAX as usize + 1]).unwrap();
+    assert!(matches!(
+        find_in(directory.path(), &device()),
+        Found::Damaged(_)
+    ));
+}
+
+#[test]
+fn a_place_that_cannot_be_written_is_an_error() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("file");
+    fs::write(&file, "").unwrap();
+    assert!(profile().save_in(&file).is_err());
+}
+
+#[test]
+fn what_a_drive_loses_when_it_gets_warm_counts() {
+    let rate = profile().stream_gb_per_second(PAGE_2M).unwrap();
+    assert!((rate - 2.0).abs() < 1e-9, "{rate}");
+    assert_eq!(profile().stream_gb_per_second(PAGE_4K), None);
+    let mut faster = profile();
+    faster.sustained.as_mut().unwrap().last_gb_per_second = 5.0;
+    assert!((faster.stream_gb_per_second(PAGE_2M).unwrap() - 2.5).abs() < 1e-9);
+}
+
+#[test]
+fn the_cache_is_where_the_user_wants_it() {
+    let of = |named: &str, cache: &str, home: &str| {
+        let value = |text: &str| (!text.is_empty()).then(|| OsString::from(text));
+        directory_of(value(named), value(cache), value(home))
+    };
+    assert_eq!(of("/p", "/c", "/h"), Some(PathBuf::from("/p")));
+    assert_eq!(of("none", "/c", "/h"), None);
+    assert_eq!(of("", "/c", "/h"), Some(PathBuf::from("/c/flea")));
+    // The XDG rules: a relative path is no path.
+    assert_eq!(of("", "c", "/h"), Some(PathBuf::from("/h/.cache/flea")));
+    assert_eq!(of("", "", ""), None);
+}
+
+#[test]
+fn a_partition_takes_its_names_from_the_drive() {
+    let root = tempfile::tempdir().unwrap();
+    let drive = root.path().join("sys/devices/nvme0/nvme0n1");
+    fs::create_dir_all(drive.join("device")).unwrap();
+    fs::create_dir_all(drive.join("nvme0n1p2")).unwrap();
+    fs::write(drive.join("nvme0n1p2/partition"), "2\n").unwrap();
+    fs::write(drive.join("device/model"), "Big One   \n").unwrap();
+    fs::write(drive.join("device/serial"), "S123\n").unwrap();
+    let numbers = root.path().join("sys/dev/block");
+    fs::create_dir_all(&numbers).unwrap();
+    std::os::unix::fs::symlink(drive.join("nvme0n1p2"), numbers.join("259:2")).unwrap();
+    let device = Device::of_numbers((259, 2), "xfs", root.path());
+    assert_eq!(device.model.as_deref(), Some("Big One"));
+    assert_eq!(device.serial.as_deref(), Some("S123"));
+    assert_eq!(device.file_name(), "drive-259-2-xfs-Big-One-S123.json");
+}
+
+#[test]
+fn the_drive_below_this_directory_has_a_number() {
+    let directory = tempfile::tempdir().unwrap();
+    let device = Device::of_path(directory.path()).unwrap();
+    assert!(!device.filesystem.is_empty());
+    assert!(Device::of_path(&directory.path().join("missing")).is_err());
+}
