@@ -23,19 +23,8 @@ impl Model {
             backing: self.options.backing,
             direct_io: self.files.iter().all(|file| file.direct().is_direct()),
             fallbacks: self.buffered_shards(),
-            acquires: 0,
-            releases: 0,
-            loads: 0,
-            bytes_read: 0,
-            reads: 0,
-            retries: 0,
-            stalls: 0,
-            stall_ns: 0,
-            read_ns: 0,
-            mispredicts: 0,
-            resident_bytes: 0,
             page_bytes: self.page_bytes,
-            huge_page_share: 0.0,
+            ..Stats::default()
         };
         if let Some(running) = self.running.get() {
             running.add_to(&mut stats);
@@ -82,6 +71,8 @@ impl Running {
         stats.loads = state.loads;
         stats.stalls = state.stalls;
         stats.stall_ns = state.stall_ns;
+        stats.stall_counts = state.stall_counts;
+        stats.slots = state.slot_counts();
         stats.mispredicts = state.mispredicts();
     }
 

@@ -28,6 +28,6 @@ pub use layout::Spans;
 pub use leases::LEASES_MAX;
 pub use model::{BudgetSpec, Model, OpenOptions};
 pub use open::read_catalog;
-pub use stats::{BudgetReport, Fallback, FallbackKind, Stats};
+pub use stats::{BudgetReport, Fallback, FallbackKind, STALL_BOUNDS_NS, SlotCounts, Stats};
 pub use stream::Shared;
 pub use trace::Trace;
