@@ -605,6 +605,17 @@ fn a_client_in_python_reads_every_layer() {
     let state = &daemon.status().models[0];
     assert!(state.streamed_bytes_per_pass > 0, "it streamed: {state:?}");
     assert!(
+        state.stalls_total > 0 && state.stall_ns_total > 0,
+        "{state:?}"
+    );
+    let counted: u64 = state.stall_counts.iter().sum();
+    assert!(counted > 0 && counted <= state.stalls_total, "{state:?}");
+    assert_eq!(
+        state.slots_free + state.slots_used,
+        state.slots_count,
+        "{state:?}"
+    );
+    assert!(
         state.bytes_read_total >= 3 * state.streamed_bytes_per_pass,
         "{state:?}"
     );

@@ -3,6 +3,8 @@
 //! llama-logits, which knows nothing of flea.
 
 mod common;
+#[path = "common/daemon.rs"]
+mod daemon;
 #[path = "support/gguf_bytes.rs"]
 mod gguf_bytes;
 
@@ -201,6 +203,52 @@ fn streamed_logits_are_llama_cpps_bit_for_bit() {
             }
         }
     }
+}
+
+#[test]
+fn through_the_daemon_the_logits_are_the_same() {
+    let Some(stock) = Stock::find() else { return };
+    let model = tiny("llama", "q8_0");
+    let reference = stock.reference(&model, &[]);
+    let daemon = daemon::Daemon::start(&[]);
+    let mut control = daemon.control();
+    let load = serde_json::json!({ "path": model });
+    let loaded = control.request("load", load).expect("loaded");
+    daemon.budget(loaded["smallest_budget_bytes"].as_u64().expect("a size") + (256 << 10));
+    let endpoint = format!("unix:{}", daemon.socket.display());
+    let (mut command, stats) = stock.plugged(&stock.logits, "");
+    command
+        .env("FLEA_ENDPOINT", &endpoint)
+        .args(["--device", "FLEA"]);
+    let rows = generate(&mut command, &model, &[]);
+    let stats = take_stats(&stats);
+    assert!(rows == reference, "the logits differ; {stats}");
+    assert_eq!(stats["layers_placed"], stats["layers"], "{stats}");
+    assert!(
+        number(&stats, "loads") > 0.0 && number(&stats, "acquires") > 0.0,
+        "{stats}"
+    );
+    let status = daemon.status();
+    assert_eq!(
+        status.models[0].acquires_total as f64,
+        number(&stats, "acquires")
+    );
+    // A budget of its own and a daemon's do not go together: that is said, not guessed.
+    let (mut both, _) = stock.plugged(&stock.logits, "1GiB");
+    both.env("FLEA_ENDPOINT", &endpoint)
+        .args([
+            "--device",
+            "FLEA",
+            "--prompt-tokens",
+            "300",
+            "-n",
+            "1",
+            "-m",
+        ])
+        .arg(&model);
+    let said = output(&mut both);
+    assert!(!said.status.success());
+    assert!(stderr(&said).contains("memory is set"), "{}", stderr(&said));
 }
 
 #[test]

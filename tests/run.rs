@@ -1,6 +1,8 @@
 //! `flea run`, end to end: streamed logits are the resident ones bit for bit, and the counters prove that it streamed.
 
 mod common;
+#[path = "common/daemon.rs"]
+mod daemon;
 
 use common::{flea, json, number, synth};
 use serde_json::Value;
@@ -123,6 +125,54 @@ fn check_architecture(arch: &str, dtypes: &[&str]) {
             }
         }
     }
+}
+
+/// Three processes at once, streaming one model through one daemon that holds a part of it.
+#[test]
+fn through_the_daemon_it_is_bit_identical_too() {
+    for (arch, dtype) in [("llama", "q4_k_m"), ("gemma3", "q8_0"), ("mixtral", "q8_0")] {
+        let model = tiny(arch, dtype);
+        let reference = json(&mut run(&model, &["--no-stream"]));
+        let daemon = daemon::Daemon::start(&[]);
+        let mut control = daemon.control();
+        let load = serde_json::json!({ "path": model });
+        let loaded = control.request("load", load).expect("loaded");
+        daemon.budget(loaded["smallest_budget_bytes"].as_u64().expect("a size") + (256 << 10));
+        let socket = daemon.socket.to_str().expect("UTF-8");
+        let results = std::thread::scope(|scope| {
+            let runs =
+                [(); 3].map(|()| scope.spawn(|| json(&mut run(&model, &["--daemon", socket]))));
+            runs.map(|run| run.join().expect("a run"))
+        });
+        for result in &results {
+            assert_same(&reference, result, arch);
+            assert_streamed(result);
+        }
+        let status = daemon.status();
+        let acquires: f64 = results
+            .iter()
+            .map(|result| number(result, "acquires"))
+            .sum();
+        assert_eq!(
+            status.models[0].acquires_total as f64, acquires,
+            "{status:?}"
+        );
+        assert_eq!((status.revoked_total, status.clients.len()), (0, 0));
+    }
+}
+
+#[test]
+fn a_daemon_that_is_not_there_is_exit_code_3_and_named() {
+    let model = tiny("llama", "q8_0");
+    let said = common::output(&mut run(&model, &["--daemon", "/nowhere/flea.sock"]));
+    assert_eq!(said.status.code(), Some(3));
+    let text = String::from_utf8_lossy(&said.stderr);
+    assert!(text.contains("/nowhere/flea.sock"), "{text}");
+    let both = common::output(&mut run(
+        &model,
+        &["--daemon", "/nowhere/flea.sock", "--memory", "1GiB"],
+    ));
+    assert_eq!(both.status.code(), Some(2), "whose memory?");
 }
 
 #[test]

@@ -95,7 +95,7 @@ pub struct StreamArgs {
     pub slots: u32,
 
     /// Stream through the daemon at this endpoint, unix:PATH; memory, reader, slots and pages are then the daemon's
-    #[arg(long, value_name = "ENDPOINT", conflicts_with_all = ["memory", "backing", "request_bytes", "depth", "page_bytes", "slots"])]
+    #[arg(long, value_name = "ENDPOINT", conflicts_with_all = ["memory", "backing", "request_bytes", "depth", "page_bytes", "slots", "trace"])]
     pub endpoint: Option<String>,
 
     /// Walk once more, unmeasured, and hold every byte against a plain read of the file
@@ -245,6 +245,14 @@ fn json(
     })
 }
 
+/// Where the reader's defaults came from; the daemon does not say.
+fn profile(model: &Opened) -> String {
+    match model {
+        Opened::Local(model) => model.profile().to_string(),
+        Opened::Daemon(_) => "the daemon's".to_owned(),
+    }
+}
+
 fn pass_json(pass: &bench_stream::Pass) -> serde_json::Value {
     serde_json::json!({
         "seconds": pass.seconds,
@@ -292,7 +300,7 @@ fn table(
             100.0 * stats.huge_page_share
         ),
     );
-    table.field("profile", model.profile());
+    table.field("profile", profile(model));
     for (index, pass) in outcome.passes.iter().enumerate() {
         let rate = pass.bytes_read as f64 / 1e9 / pass.seconds.max(1e-9);
         table.field(

@@ -9,7 +9,7 @@ use super::settings::Settings;
 use crate::engine::board::{self, Board};
 use crate::engine::serve::Failure;
 use crate::engine::share::{Group, Member};
-use crate::engine::{BudgetSpec, FallbackKind, Model, OpenOptions, Shared, Stats};
+use crate::engine::{BudgetSpec, FallbackKind, Model, OpenOptions, STALL_BOUNDS_NS, Shared, Stats};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{ReaderOptions, ShardFile};
 use crate::mem::Backing;
@@ -55,6 +55,8 @@ struct Counters {
     read_ns: u64,
     loads: u64,
     stalls: u64,
+    stall_ns: u64,
+    stall_counts: [u64; STALL_BOUNDS_NS.len() + 1],
 }
 
 /// A model that clients can attach to.
@@ -413,6 +415,9 @@ impl Hosted {
             out.reader = stats.reader.name().to_owned();
             out.direct_io = stats.direct_io;
             out.mispredicts_total = stats.mispredicts;
+            out.slots_free = stats.slots.free;
+            out.slots_used = stats.slots.used;
+            out.slots_quarantined = stats.slots.quarantined;
             let mut all = before;
             all.add(&stats);
             all.tell(&mut out);
@@ -429,6 +434,10 @@ impl Counters {
         self.read_ns += stats.read_ns;
         self.loads += stats.loads;
         self.stalls += stats.stalls;
+        self.stall_ns += stats.stall_ns;
+        for (all, more) in self.stall_counts.iter_mut().zip(stats.stall_counts) {
+            *all += more;
+        }
     }
 
     fn tell(&self, out: &mut ModelState) {
@@ -438,5 +447,7 @@ impl Counters {
         out.read_ns_total = self.read_ns;
         out.loads_total = self.loads;
         out.stalls_total = self.stalls;
+        out.stall_ns_total = self.stall_ns;
+        out.stall_counts = self.stall_counts.to_vec();
     }
 }

@@ -1,24 +1,16 @@
 //! Metrics in Prometheus' text format, and who may fetch them: this machine, if the settings name an address at all.
 //!
 //! The text is made from one [`Snapshot`], so that `flea-ctl status` and a dashboard never disagree; `flea-ctl metrics`
-//! gets the same over the socket. The responder is one thread that answers one request at a time, each within two
-//! seconds: it can be slowed down by whoever is on this machine, the daemon cannot.
+//! gets the same over the socket.
 
 use std::fmt::Write as _;
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::engine::STALL_BOUNDS_NS;
 use crate::proto::snapshot::{ModelState, Snapshot};
 
-/// How long one request may take, from its first byte to the last one of the answer.
-const REQUEST: Duration = Duration::from_secs(2);
-/// The longest request that is read.
-const REQUEST_BYTES_MAX: usize = 8 << 10;
+mod responder;
+
+pub use responder::Responder;
 
 /// What a metric counts.
 #[derive(Clone, Copy)]
@@ -27,6 +19,8 @@ enum Kind {
     Counter,
     /// Goes up and down.
     Gauge,
+    /// Counts by upper bound.
+    Histogram,
 }
 
 /// The text under construction.
@@ -38,6 +32,7 @@ impl Page {
         let kind = match kind {
             Kind::Counter => "counter",
             Kind::Gauge => "gauge",
+            Kind::Histogram => "histogram",
         };
         let _ = write!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
     }
@@ -97,6 +92,8 @@ pub fn text(snapshot: &Snapshot) -> String {
             page.value(metric.name, &labels[..count], (metric.value)(model));
         }
     }
+    slots(&mut page, &snapshot.models);
+    acquires(&mut page, &snapshot.models);
     page.metric(
         "flea_model_fallback",
         Kind::Gauge,
@@ -112,6 +109,47 @@ pub fn text(snapshot: &Snapshot) -> String {
         }
     }
     page.0
+}
+
+fn slots(page: &mut Page, models: &[ModelState]) {
+    page.metric(
+        "flea_slot_state",
+        Kind::Gauge,
+        "Slots of the ring by state.",
+    );
+    for model in models {
+        for (state, count) in [
+            ("free", model.slots_free),
+            ("used", model.slots_used),
+            ("quarantined", model.slots_quarantined),
+        ] {
+            let labels = [("model", model.path.as_str()), ("state", state)];
+            page.value("flea_slot_state", &labels, f64::from(count));
+        }
+    }
+}
+
+/// How long acquires waited. Those of a layer that is there never reach flead: they took no time that it could measure.
+fn acquires(page: &mut Page, models: &[ModelState]) {
+    let help = "Time from the wish for a layer to its being there; at once in the first bucket.";
+    page.metric("flea_acquire_seconds", Kind::Histogram, help);
+    for model in models {
+        let at_once = model.acquires_total.saturating_sub(model.stalls_total);
+        let waited: u64 = model.stall_counts.iter().sum();
+        let mut sum = at_once;
+        for (bound_ns, count) in STALL_BOUNDS_NS.iter().zip(&model.stall_counts) {
+            sum += count;
+            let bound = (*bound_ns as f64 / 1e9).to_string();
+            let labels = [("model", model.path.as_str()), ("le", bound.as_str())];
+            page.value("flea_acquire_seconds_bucket", &labels, sum as f64);
+        }
+        let all = (at_once + waited) as f64;
+        let labels = [("model", model.path.as_str()), ("le", "+Inf")];
+        page.value("flea_acquire_seconds_bucket", &labels, all);
+        let seconds = model.stall_ns_total as f64 / 1e9;
+        page.value("flea_acquire_seconds_sum", &labels[..1], seconds);
+        page.value("flea_acquire_seconds_count", &labels[..1], all);
+    }
 }
 
 fn memory(page: &mut Page, snapshot: &Snapshot) {
@@ -249,7 +287,7 @@ const fn of_reader(
     }
 }
 
-const MODEL_METRICS: [ModelMetric; 15] = [
+const MODEL_METRICS: [ModelMetric; 16] = [
     gauge("flea_model_bytes", "All tensors of the model.", |model| {
         model.model_bytes as f64
     }),
@@ -309,131 +347,16 @@ const MODEL_METRICS: [ModelMetric; 15] = [
         |model| model.stalls_total as f64,
     ),
     counter(
+        "flea_stall_seconds_total",
+        "Time for which somebody waited for a layer.",
+        |model| model.stall_ns_total as f64 / 1e9,
+    ),
+    counter(
         "flea_mispredicts_total",
         "Acquires that the learned order had not foreseen.",
         |model| model.mispredicts_total as f64,
     ),
 ];
-
-/// Answers `GET /metrics` on a loopback address until it is dropped.
-#[derive(Debug)]
-pub struct Responder {
-    address: SocketAddr,
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Responder {
-    /// Listens on `address`; `metrics` is called for every request.
-    ///
-    /// # Errors
-    /// `Invalid` for an address that other machines can reach; what binding says.
-    pub fn start(
-        address: SocketAddr,
-        metrics: impl Fn() -> String + Send + 'static,
-    ) -> Result<Self> {
-        if !address.ip().is_loopback() {
-            let context = format!(
-                "metrics_listen: {address} is not a loopback address; write 127.0.0.1:9464"
-            );
-            return Err(Error::new(ErrorKind::Invalid, context));
-        }
-        let failed = |error: &std::io::Error| {
-            Error::from_io(
-                error,
-                format_args!("listen for metrics on {address} (another flead, or an exporter?)"),
-            )
-        };
-        let listener = TcpListener::bind(address).map_err(|error| failed(&error))?;
-        let address = listener.local_addr().map_err(|error| failed(&error))?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
-        let thread = std::thread::Builder::new()
-            .name("flea-metrics".to_owned())
-            .spawn(move || listen(&listener, &stopped, &metrics))
-            .map_err(|error| failed(&error))?;
-        Ok(Self {
-            address,
-            stop,
-            thread: Some(thread),
-        })
-    }
-
-    /// Where it listens; the port is the system's choice where 0 was asked for.
-    #[must_use]
-    pub const fn address(&self) -> SocketAddr {
-        self.address
-    }
-}
-
-impl Drop for Responder {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Release);
-        // Wakes the accept; if it cannot be reached it has no more to wait for either.
-        let _ = TcpStream::connect_timeout(&self.address, REQUEST);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-fn listen(listener: &TcpListener, stop: &AtomicBool, metrics: &impl Fn() -> String) {
-    for stream in listener.incoming() {
-        if stop.load(Ordering::Acquire) {
-            return;
-        }
-        match stream {
-            // Who hangs up or is too slow gets no answer; that is all there is to do about it.
-            Ok(stream) => drop(answer(stream, metrics)),
-            Err(error) => {
-                // Out of descriptors, most likely: wait, rather than spin.
-                log::warn!("accept a connection for metrics: {error}");
-                std::thread::sleep(Duration::from_millis(100));
-            }
-        }
-    }
-}
-
-fn answer(mut stream: TcpStream, metrics: &impl Fn() -> String) -> std::io::Result<()> {
-    let request = read_request(&mut stream)?;
-    let mut words = request.split(' ');
-    let (method, path) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
-    let path = path.split('?').next().unwrap_or(path);
-    let (status, body) = match (method, path) {
-        ("GET" | "HEAD", "/metrics") => ("200 OK", metrics()),
-        ("GET" | "HEAD", _) => ("404 Not Found", "metrics are at /metrics\n".to_owned()),
-        _ => ("405 Method Not Allowed", "only GET\n".to_owned()),
-    };
-    let head = format!(
-        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
-        body.len()
-    );
-    let body = if method == "HEAD" { "" } else { body.as_str() };
-    stream.set_write_timeout(Some(REQUEST))?;
-    stream.write_all(head.as_bytes())?;
-    stream.write_all(body.as_bytes())
-}
-
-/// The request's first line, once its head is complete.
-fn read_request(stream: &mut TcpStream) -> std::io::Result<String> {
-    let deadline = Instant::now() + REQUEST;
-    let mut bytes = Vec::new();
-    let mut part = [0u8; 1024];
-    while !bytes.windows(4).any(|end| end == b"\r\n\r\n") && bytes.len() < REQUEST_BYTES_MAX {
-        let left = deadline.saturating_duration_since(Instant::now());
-        // Zero would mean "for ever".
-        stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
-        match stream.read(&mut part)? {
-            0 => break,
-            count => bytes.extend_from_slice(&part[..count]),
-        }
-        if Instant::now() >= deadline {
-            return Err(std::io::ErrorKind::TimedOut.into());
-        }
-    }
-    let line = bytes.split(|byte| *byte == b'\r').next().unwrap_or(&[]);
-    Ok(String::from_utf8_lossy(line).into_owned())
-}
 
 #[cfg(test)]
 mod tests {
@@ -453,6 +376,11 @@ mod tests {
                 reader: "io_uring".to_owned(),
                 bytes_read_total: 1 << 40,
                 read_ns_total: 1_500_000_000,
+                acquires_total: 10,
+                stalls_total: 3,
+                stall_ns_total: 4_002_000_000,
+                stall_counts: vec![0, 1, 0, 0, 0, 0, 0, 0, 1],
+                slots_used: 2,
                 fallbacks: vec!["small_pages".to_owned()],
                 ..ModelState::default()
             }],
@@ -500,6 +428,25 @@ mod tests {
             Some(3.0)
         );
         assert_eq!(value("flea_leases"), Some(2.0));
+        let model = r#"model="/m/\"odd\\\n.gguf""#;
+        let bucket = |le: &str| {
+            value(&format!(
+                "flea_acquire_seconds_bucket{{{model},le=\"{le}\"}}"
+            ))
+        };
+        assert_eq!(
+            (bucket("0.001"), bucket("0.003"), bucket("3")),
+            (Some(7.0), Some(8.0), Some(8.0))
+        );
+        assert_eq!(bucket("+Inf"), Some(9.0));
+        assert_eq!(
+            value(&format!("flea_acquire_seconds_sum{{{model}}}")),
+            Some(4.002)
+        );
+        assert_eq!(
+            value(&format!("flea_slot_state{{{model},state=\"used\"}}")),
+            Some(2.0)
+        );
         assert_eq!(value(r#"flea_build_info{version="0.1.0"}"#), Some(1.0));
         assert!(text.ends_with('\n'));
         let mut announced = std::collections::BTreeSet::new();
@@ -514,44 +461,15 @@ mod tests {
                 );
             } else if !line.starts_with('#') {
                 let name = line.split(['{', ' ']).next().unwrap();
-                assert!(announced.contains(name), "{name} has no type");
+                let family = ["_bucket", "_sum", "_count"]
+                    .iter()
+                    .find_map(|end| name.strip_suffix(end))
+                    .filter(|family| announced.contains(*family));
+                assert!(
+                    family.is_some() || announced.contains(name),
+                    "{name} has no type"
+                );
             }
         }
-    }
-
-    fn ask(address: SocketAddr, request: &str) -> String {
-        let mut stream = TcpStream::connect(address).unwrap();
-        stream.write_all(request.as_bytes()).unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        answer
-    }
-
-    #[test]
-    fn it_answers_on_loopback_and_only_there() {
-        let outside = "0.0.0.0:0".parse().unwrap();
-        let error = Responder::start(outside, String::new).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Invalid);
-        let responder =
-            Responder::start("127.0.0.1:0".parse().unwrap(), || "flea_up 1\n".to_owned()).unwrap();
-        let address = responder.address();
-        let good = ask(address, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
-        assert!(
-            good.starts_with("HTTP/1.1 200 OK\r\n") && good.ends_with("\r\n\r\nflea_up 1\n"),
-            "{good}"
-        );
-        assert!(ask(address, "GET / HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 404"));
-        assert!(ask(address, "POST /metrics HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 405"));
-        assert!(ask(address, "HEAD /metrics HTTP/1.1\r\n\r\n").ends_with("\r\n\r\n"));
-        // Who connects and says nothing, or hangs up, is no harm to the next.
-        let silent = TcpStream::connect(address).unwrap();
-        drop(TcpStream::connect(address).unwrap());
-        assert!(ask(address, "GET /metrics?x=1 HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 200"));
-        drop(silent);
-        drop(responder);
-        assert!(
-            TcpStream::connect(address).is_err(),
-            "nobody listens any more"
-        );
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use sd_notify::NotifyState;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::proto::inherited_listener;
+use crate::proto::inherited;
 
 /// How often STATUS changes at most.
 const STATUS_EVERY: Duration = Duration::from_secs(1);
@@ -124,7 +124,7 @@ pub fn listener() -> Result<Option<OwnedFd>> {
     let mut handed = sd_notify::listen_fds().map_err(|error| wrong(error.to_string()))?;
     match (handed.next(), handed.len()) {
         (None, _) => Ok(None),
-        (Some(raw), 0) => inherited_listener(raw).map(Some),
+        (Some(raw), 0) => inherited(raw).map(Some),
         (Some(_), more) => Err(wrong(format!(
             "{} sockets were handed over; flead.socket may have one Listen line",
             more + 1

@@ -110,14 +110,19 @@ impl Service {
 
 /// The line of `systemctl status`.
 fn status(picture: &Snapshot, bytes_per_second: f64) -> String {
+    let several = |count: usize, what: &str| {
+        let end = if count == 1 { "" } else { "s" };
+        format!("{count} {what}{end}")
+    };
+    let held_down = picture.budget_bytes < picture.budget_configured_bytes;
     format!(
-        "{} models, {} clients, streaming {:.1} GB/s, pools {} of {}{}",
-        picture.models.len(),
-        picture.clients.len(),
+        "{}, {}, streaming {:.1} GB/s, pools {} of {}{}",
+        several(picture.models.len(), "model"),
+        several(picture.clients.len(), "client"),
         bytes_per_second / 1e9,
         HumanBytes(picture.pool_bytes),
         HumanBytes(picture.budget_bytes),
-        if picture.budget_bytes < picture.budget_configured_bytes {
+        if held_down {
             ", held down by memory pressure"
         } else {
             ""

@@ -49,21 +49,21 @@ impl Leases {
         match self.list.iter().position(same) {
             Some(index) => {
                 self.list[index].count += 1;
-                return Ok(false);
+                Ok(false)
             }
-            None if self.list.len() >= LEASES_MAX => {
-                return Err(Error::new(
-                    ErrorKind::Busy,
-                    format!("{LEASES_MAX} leases are out; release some first"),
-                ));
+            None if self.list.len() >= LEASES_MAX => Err(Error::new(
+                ErrorKind::Busy,
+                format!("{LEASES_MAX} leases are out; release some first"),
+            )),
+            None => {
+                self.list.push(Lease {
+                    thread,
+                    layer,
+                    count: 1,
+                });
+                Ok(true)
             }
-            None => self.list.push(Lease {
-                thread,
-                layer,
-                count: 1,
-            }),
         }
-        Ok(true)
     }
 
     /// Takes a lease back: this thread's if it has one, else any (a lease may be released on another thread). True when

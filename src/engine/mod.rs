@@ -6,6 +6,7 @@
 //!   one thread that moves bytes.
 
 pub mod board;
+mod counting;
 mod layout;
 pub mod leases;
 pub mod model;
@@ -29,6 +30,6 @@ pub use leases::LEASES_MAX;
 pub use model::Model;
 pub use open::read_catalog;
 pub use options::{BudgetSpec, OpenOptions};
-pub use stats::{BudgetReport, Fallback, FallbackKind, Stats};
+pub use stats::{BudgetReport, Fallback, FallbackKind, STALL_BOUNDS_NS, SlotCounts, Stats};
 pub use stream::Shared;
 pub use trace::Trace;

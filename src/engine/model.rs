@@ -11,7 +11,7 @@ use super::options::{BudgetSpec, OpenOptions};
 use super::placement;
 use super::reading::{profile_of, reader_options};
 use super::state::{Need, State};
-use super::stats::{BudgetReport, Fallback, FallbackKind, Stats};
+use super::stats::{BudgetReport, Fallback};
 use super::stream::{self, Core, Started};
 use super::trace::Trace;
 use super::wait::{Asked, wait};
@@ -30,28 +30,28 @@ use std::time::Duration;
 
 /// What exists once the plan is made.
 #[derive(Debug)]
-struct Running {
-    plan: Plan,
-    budget: BudgetReport,
-    core: Arc<Core>,
-    started: Started,
-    not_bound: Option<Fallback>,
-    thread: Option<JoinHandle<()>>,
+pub(super) struct Running {
+    pub(super) plan: Plan,
+    pub(super) budget: BudgetReport,
+    pub(super) core: Arc<Core>,
+    pub(super) started: Started,
+    pub(super) not_bound: Option<Fallback>,
+    pub(super) thread: Option<JoinHandle<()>>,
 }
 
 /// A model that is open.
 #[derive(Debug)]
 pub struct Model {
     // Dropped first: it ends the stream, which uses files and windows.
-    running: OnceLock<Running>,
-    starting: Mutex<()>,
-    catalog: Arc<Catalog>,
-    files: Arc<[ShardFile]>,
-    windows: Arc<Windows>,
-    spans: Spans,
-    options: OpenOptions,
-    page_bytes: u64,
-    trace: OnceLock<Arc<Trace>>,
+    pub(super) running: OnceLock<Running>,
+    pub(super) starting: Mutex<()>,
+    pub(super) catalog: Arc<Catalog>,
+    pub(super) files: Arc<[ShardFile]>,
+    pub(super) windows: Arc<Windows>,
+    pub(super) spans: Spans,
+    pub(super) options: OpenOptions,
+    pub(super) page_bytes: u64,
+    pub(super) trace: OnceLock<Arc<Trace>>,
 }
 
 impl Model {
@@ -259,60 +259,10 @@ impl Model {
         Ok(())
     }
 
-    /// Counters so far; all zero before the plan is made. Measures the pool's pages, which takes milliseconds.
-    #[must_use]
-    pub fn stats(&self) -> Stats {
-        let mut stats = self.counters();
-        if let Some(running) = self.running.get() {
-            running.add_pages_to(&mut stats);
-        }
-        stats
-    }
-
-    /// [`Model::stats`] without what has to be measured: `huge_page_share` is 0 and fallbacks of memory are missing.
-    #[must_use]
-    pub fn counters(&self) -> Stats {
-        let mut stats = Stats {
-            reader: self.options.reader.kind,
-            backing: self.options.backing,
-            direct_io: self.files.iter().all(|file| file.direct().is_direct()),
-            fallbacks: self.buffered_shards(),
-            acquires: 0,
-            releases: 0,
-            loads: 0,
-            bytes_read: 0,
-            reads: 0,
-            retries: 0,
-            stalls: 0,
-            stall_ns: 0,
-            read_ns: 0,
-            mispredicts: 0,
-            resident_bytes: 0,
-            page_bytes: self.page_bytes,
-            huge_page_share: 0.0,
-        };
-        if let Some(running) = self.running.get() {
-            running.add_to(&mut stats);
-        }
-        stats
-    }
-
     /// What the stream works on, and how to wake it, once the plan is made.
     pub(super) fn core_and_waker(&self) -> Option<(&Core, &Waker)> {
         let running = self.running.get()?;
         Some((&running.core, &running.started.waker))
-    }
-
-    fn buffered_shards(&self) -> Vec<Fallback> {
-        let shards = self.files.iter().filter_map(|file| {
-            let reason = file.direct().fallback()?;
-            let reason = format!("{}: {reason}", file.path().display());
-            Some(Fallback {
-                kind: FallbackKind::Buffered,
-                reason,
-            })
-        });
-        shards.collect()
     }
 
     fn check_layer(&self, layer: u32) -> Result<()> {
@@ -497,51 +447,6 @@ impl Model {
                 )?;
                 Ok((plan, budget))
             }
-        }
-    }
-}
-
-impl Running {
-    fn add_to(&self, stats: &mut Stats) {
-        let counters = *self
-            .core
-            .counters
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        stats.reader = self.started.reader_kind;
-        stats.bytes_read = counters.bytes;
-        stats.reads = counters.reads;
-        stats.retries = counters.retries;
-        stats.read_ns = counters.busy_ns;
-        stats.resident_bytes = self.plan.resident_bytes;
-        if let Some(reason) = &self.started.fallback {
-            stats.fallbacks.push(Fallback {
-                kind: FallbackKind::Pread,
-                reason: reason.clone(),
-            });
-        }
-        stats.fallbacks.extend(self.not_bound.clone());
-        let state = self.core.state();
-        stats.acquires = state.acquires;
-        stats.releases = state.releases;
-        stats.loads = state.loads;
-        stats.stalls = state.stalls;
-        stats.stall_ns = state.stall_ns;
-        stats.mispredicts = state.mispredicts();
-    }
-
-    fn add_pages_to(&self, stats: &mut Stats) {
-        // Measured without the pool's lock: walking the page tables takes milliseconds that the stream has not.
-        let probe = self.core.pool().probe();
-        match probe.report() {
-            Ok(pages) => {
-                stats.huge_page_share = pages.huge_page_share;
-                stats.page_bytes = pages.page_bytes;
-                stats
-                    .fallbacks
-                    .extend(pages.fallbacks.iter().map(Fallback::of_memory));
-            }
-            Err(error) => log::warn!("the pool's pages could not be measured: {error}"),
         }
     }
 }

@@ -181,6 +181,7 @@ impl State {
                 && !self.layers[*layer as usize].demanded
             {
                 self.stalls += 1;
+                self.layers[*layer as usize].wanted_since.get_or_insert(now);
                 drop(self.take_error(*layer));
                 self.show(*layer);
                 self.demand(*layer, false);

@@ -9,6 +9,7 @@ use super::layout::Layout;
 use super::leases::Leases;
 use super::order::Order;
 use super::pick::{Courtesy, Foresight};
+use super::stats::{STALL_BOUNDS_NS, SlotCounts};
 use crate::error::{Error, ErrorKind, Result};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -42,6 +43,8 @@ pub(super) struct LayerState {
     pub(super) leases: u32,
     pub(super) waiters: u32,
     pub(super) demanded: bool,
+    /// Since when a client of the daemon waits for it.
+    pub(super) wanted_since: Option<Instant>,
     pub(super) error: Option<Error>,
     /// What the error before that was: a client of the daemon asks for its text after the next attempt has begun.
     pub(super) past_error: Option<Error>,
@@ -127,6 +130,8 @@ pub struct State {
     pub stalls: u64,
     /// Time they waited.
     pub stall_ns: u64,
+    /// How many of them waited how long; see [`STALL_BOUNDS_NS`].
+    pub stall_counts: [u64; STALL_BOUNDS_NS.len() + 1],
 }
 
 impl State {
@@ -172,6 +177,7 @@ impl State {
             loads: 0,
             stalls: 0,
             stall_ns: 0,
+            stall_counts: [0; STALL_BOUNDS_NS.len() + 1],
             layout,
         }
     }
@@ -425,9 +431,34 @@ impl State {
                 let state = &mut self.layers[layer as usize];
                 state.closing = false;
                 state.ready_since = self.board.as_ref().map(|_| Instant::now());
+                if let Some(since) = state.wanted_since.take() {
+                    self.count_stall(since);
+                }
             }
             self.show(layer);
         }
+    }
+
+    /// A wait that began at `since` is over.
+    pub(super) fn count_stall(&mut self, since: Instant) {
+        let waited_ns = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.stall_ns = self.stall_ns.saturating_add(waited_ns);
+        let place = STALL_BOUNDS_NS.partition_point(|bound| *bound < waited_ns);
+        self.stall_counts[place] += 1;
+    }
+
+    /// How many slots are in which state.
+    #[must_use]
+    pub fn slot_counts(&self) -> SlotCounts {
+        let mut counts = SlotCounts::default();
+        for slot in &self.slots {
+            match slot {
+                Slot::Free => counts.free += 1,
+                Slot::Holds(_) => counts.used += 1,
+                Slot::Quarantined => counts.quarantined += 1,
+            }
+        }
+        counts
     }
 
     // ---- what clients of the daemon see ---------------------------------------------------------------------

@@ -57,8 +57,31 @@ impl FallbackKind {
     }
 }
 
+/// Upper bounds of [`Stats::stall_counts`], nanoseconds: 1 ms to 3 s, a half decade each.
+pub const STALL_BOUNDS_NS: [u64; 8] = [
+    1_000_000,
+    3_000_000,
+    10_000_000,
+    30_000_000,
+    100_000_000,
+    300_000_000,
+    1_000_000_000,
+    3_000_000_000,
+];
+
+/// How many slots are in which state.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SlotCounts {
+    /// Nothing in them.
+    pub free: u32,
+    /// A layer's pages, there or on their way.
+    pub used: u32,
+    /// Never used again: the kernel has not given back a read into them.
+    pub quarantined: u32,
+}
+
 /// Counters of a model since it was opened. `_ns` are nanoseconds.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Stats {
     /// The reader at work.
     pub reader: ReaderKind,
@@ -84,6 +107,10 @@ pub struct Stats {
     pub stalls: u64,
     /// Time acquires waited.
     pub stall_ns: u64,
+    /// How many of them waited up to each of [`STALL_BOUNDS_NS`]; the last ones longer.
+    pub stall_counts: [u64; STALL_BOUNDS_NS.len() + 1],
+    /// The ring's slots.
+    pub slots: SlotCounts,
     /// Time with at least one request in flight.
     pub read_ns: u64,
     /// Acquires that the learned order had not foreseen.

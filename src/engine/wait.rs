@@ -70,7 +70,7 @@ pub fn wait(
     if let Some(trace) = &core.trace {
         trace.waited(layer, begun);
     }
-    state.stall_ns += u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    state.count_stall(begun);
     result?;
     state.lease(layer, asked.thread)
 }

@@ -19,9 +19,10 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 /// Where a pool's memory lies and how a slot serves the next layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Backing {
     /// Anonymous memory; a slot's pages are moved to the layer's place. The MMU guards every lease.
+    #[default]
     Private,
     /// A memfd that other processes can map; layers that share a slot alias it.
     Shared,

@@ -267,6 +267,7 @@ impl Attached {
             resident_bytes: now.resident_bytes,
             page_bytes: now.page_bytes,
             huge_page_share: now.huge_page_share,
+            ..Stats::default()
         }
     }
 

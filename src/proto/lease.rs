@@ -191,6 +191,13 @@ impl Attached {
             return Ok(());
         };
         let leases = locked(&self.leases);
+        let failed = self.area.load(place::state(layer)) & board::FAILED != 0;
+        if failed && leases.holds(layer, thread) {
+            let context = format!(
+                "layer {layer} failed to arrive, and this thread holds a part of it; release it, then try again"
+            );
+            return Err(Error::new(ErrorKind::Busy, context));
+        }
         let in_the_way = leases.iter().find(|(held, holder)| {
             *holder == thread && *held != layer && plan.slot(*held) == Some(slot)
         });

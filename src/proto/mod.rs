@@ -19,7 +19,7 @@ mod socket;
 
 pub use attached::Attached;
 pub use control::Control;
-pub use inherit::inherited_listener;
+pub use inherit::inherited;
 pub use opened::Opened;
 pub use socket::{Packet, Socket};
 

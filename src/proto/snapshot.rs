@@ -121,6 +121,21 @@ pub struct ModelState {
     pub acquires_total: u64,
     /// Acquires that had to wait for the drive.
     pub stalls_total: u64,
+    /// Nanoseconds for which somebody waited for a layer.
+    #[serde(default)]
+    pub stall_ns_total: u64,
+    /// How many of the stalls waited up to each of [`crate::engine::STALL_BOUNDS_NS`]; the last number: longer.
+    #[serde(default)]
+    pub stall_counts: Vec<u64>,
+    /// Slots with nothing in them.
+    #[serde(default)]
+    pub slots_free: u32,
+    /// Slots with a layer's pages, there or on their way.
+    #[serde(default)]
+    pub slots_used: u32,
+    /// Slots that are never used again: the kernel has not given back a read into them.
+    #[serde(default)]
+    pub slots_quarantined: u32,
     /// Acquires that the learned order had not foreseen.
     pub mispredicts_total: u64,
 }

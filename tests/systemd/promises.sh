@@ -48,6 +48,8 @@ contains "$(cat "/proc/$pid/status")" $'NoNewPrivs:\t1'
 ok 'user flea, CAP_IPC_LOCK and nothing else, socket 0660'
 
 contains "$(answer status)" '"socket":"/run/flea/flea.sock"'
+# A PSI trigger of a user without privileges, under ProtectKernelTunables=.
+[[ ! -e /proc/pressure/memory ]] || contains "$(answer status)" '"source":"/proc/pressure/memory'
 contains "$(answer load "$model" --pin)" '"state":"ready"'
 contains "$(answer models)" '"reader":"io_uring"'
 ok 'answers flea-ctl, opens a model, reads it with io_uring under its system call filter'
@@ -113,7 +115,7 @@ ok 'connections wait while it restarts; the socket outlives the service'
 sed -i "s|^#preload = .*|preload = [\"$model\"]|" /etc/flea/flead.toml
 control start flead.service
 contains "$(answer models)" '"pinned":true'
-contains "$(property StatusText)" '1 models'
+contains "$(property StatusText)" '1 model, 0 clients'
 ok "preloads before it is ready: $(property StatusText)"
 
 control stop flead.socket flead.service
