@@ -32,6 +32,8 @@ enum Command {
     Probe(cli::probe::Args),
     /// Look at everything flea needs of this machine, and say what would mend it
     Doctor(cli::doctor::Args),
+    /// Rewrite a model in the order in which its weights are used
+    Pack(cli::pack::Args),
     /// Write a synthetic model of any size that llama.cpp loads
     Synth(cli::synth::Args),
 }
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => cli::bench::command(args).map(|()| ExitCode::SUCCESS),
         Command::Probe(args) => cli::probe::command(args),
         Command::Doctor(args) => cli::doctor::command(args),
+        Command::Pack(args) => cli::pack::command(args).map(|()| ExitCode::SUCCESS),
         Command::Synth(args) => cli::synth::command(args).map(|()| ExitCode::SUCCESS),
     };
     cli::finish(result, json)

@@ -10,6 +10,7 @@ pub mod bench_predict;
 pub mod bench_raw;
 pub mod doctor;
 pub mod inspect;
+pub mod pack;
 pub mod plan;
 pub mod probe;
 #[cfg(feature = "run")]

@@ -4,6 +4,7 @@
 pub mod bench_stream;
 pub mod doctor;
 pub mod gguf_write;
+pub mod pack;
 pub mod probe;
 pub mod raw;
 pub mod synth;
