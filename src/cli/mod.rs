@@ -35,7 +35,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::units;
 
 /// The environment variables flea reads. Any other `FLEA_*` is a slip of the fingers and is warned about.
-pub const ENVIRONMENT: [&str; 8] = [
+pub const ENVIRONMENT: [&str; 9] = [
     "FLEA_MEMORY",
     "FLEA_MODEL",
     "FLEA_STATS",
@@ -44,6 +44,7 @@ pub const ENVIRONMENT: [&str; 8] = [
     "FLEA_LOG",
     "FLEA_FAULT",
     "FLEA_PROFILE",
+    "FLEA_MIRROR",
 ];
 
 /// Options that an environment variable stands in for.

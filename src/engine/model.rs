@@ -14,13 +14,14 @@ use super::stream::{self, Core, Started};
 use super::trace::Trace;
 use super::wait::{Asked, wait};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::mirror::{self, Board};
 use crate::io::profile::Found;
 use crate::io::{Counters, ReaderOptions, ShardFile};
 use crate::mem::{Backing, Pool, PoolOptions, Windows, limits};
 use crate::model::Catalog;
 use crate::plan::{self, Plan, PlanOptions, budget};
 use crate::units::MemorySpec;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, mpsc};
 use std::thread::JoinHandle;
@@ -52,6 +53,8 @@ pub struct OpenOptions {
     pub page_bytes: Option<u64>,
     /// Bytes the host has reserved but not touched yet; read once, when the plan is made.
     pub host_pending_bytes: Arc<AtomicU64>,
+    /// Directories with copies of the model's files, to be read from as well.
+    pub mirrors: Vec<PathBuf>,
     /// Where events go; `None` traces nothing.
     pub trace: Option<Arc<Trace>>,
 }
@@ -66,6 +69,7 @@ impl Default for OpenOptions {
             slots_count: plan::SLOTS_DEFAULT,
             page_bytes: None,
             host_pending_bytes: Arc::default(),
+            mirrors: Vec::new(),
             trace: None,
         }
     }
@@ -89,7 +93,9 @@ pub struct Model {
     running: OnceLock<Running>,
     starting: Mutex<()>,
     catalog: Arc<Catalog>,
+    /// The shards, and behind them those of every mirror.
     files: Arc<[ShardFile]>,
+    board: Arc<Board>,
     windows: Arc<Windows>,
     spans: Spans,
     options: OpenOptions,
@@ -124,6 +130,7 @@ impl Model {
             );
             return Err(Error::new(ErrorKind::Unsupported, context));
         }
+        let files = mirror::open(files, &options.mirrors)?;
         let lens: Vec<u64> = catalog.shards.iter().map(|shard| shard.len_bytes).collect();
         let model = Self {
             running: OnceLock::new(),
@@ -134,6 +141,7 @@ impl Model {
                 .page_bytes
                 .unwrap_or_else(|| plan::default_page_bytes(&catalog)),
             catalog: Arc::new(catalog),
+            board: Arc::new(Board::new(&files, lens.len())),
             files: files.into(),
             trace: options
                 .trace
@@ -297,7 +305,8 @@ impl Model {
             reader: self.options.reader.kind,
             backing: self.options.backing,
             direct_io: self.files.iter().all(|file| file.direct().is_direct()),
-            fallbacks: self.buffered_shards(),
+            fallbacks: self.lost_shards(),
+            mirrors: self.board.stats(),
             acquires: 0,
             releases: 0,
             loads: 0,
@@ -318,7 +327,7 @@ impl Model {
         stats
     }
 
-    fn buffered_shards(&self) -> Vec<Fallback> {
+    fn lost_shards(&self) -> Vec<Fallback> {
         let shards = self.files.iter().filter_map(|file| {
             let reason = file.direct().fallback()?;
             let reason = format!("{}: {reason}", file.path().display());
@@ -327,7 +336,12 @@ impl Model {
                 reason,
             })
         });
-        shards.collect()
+        let dropped = self
+            .board
+            .stats()
+            .into_iter()
+            .filter(|copy| copy.is_dropped);
+        shards.chain(dropped.map(Fallback::of_mirror)).collect()
     }
 
     fn check_layer(&self, layer: u32) -> Result<()> {
@@ -427,6 +441,7 @@ impl Model {
             changed: Condvar::new(),
             pool: Mutex::new(pool),
             counters: Mutex::new(Counters::default()),
+            board: Arc::clone(&self.board),
             stop: AtomicBool::new(false),
             trace: self.trace.get().cloned(),
         });
