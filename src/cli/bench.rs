@@ -294,15 +294,13 @@ fn table(model: &Model, plan: &Plan, outcome: &Outcome, verified_bytes: Option<u
         ),
     );
     table.field("profile", model.profile());
-    if stats.mirrors.len() > 1 {
-        for copy in &stats.mirrors {
-            let dropped = if copy.is_dropped { ", dropped" } else { "" };
-            let read = HumanBytes(copy.bytes_read);
-            table.field(
-                "copy",
-                format!("{}: {read} read{dropped}", copy.directory.display()),
-            );
-        }
+    for copy in &stats.mirrors {
+        let dropped = if copy.is_dropped { ", dropped" } else { "" };
+        let read = HumanBytes(copy.bytes_read);
+        table.field(
+            "copy",
+            format!("{}: {read} read{dropped}", copy.directory.display()),
+        );
     }
     for (index, pass) in outcome.passes.iter().enumerate() {
         let rate = pass.bytes_read as f64 / 1e9 / pass.seconds.max(1e-9);

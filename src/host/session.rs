@@ -144,7 +144,7 @@ pub struct Figures {
     pub peak_memory_bytes: u64,
     /// What is known about the drive the model lies on.
     pub profile: String,
-    /// What each copy of the model has served, the model itself first.
+    /// What each copy of the model has served, the model itself first; empty without mirrors.
     pub mirrors: Vec<CopyStats>,
 }
 

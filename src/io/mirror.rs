@@ -66,9 +66,12 @@ impl Board {
         Self(copies.collect())
     }
 
-    /// All copies, the model itself first.
+    /// All copies, the model itself first; nothing where there is only the model.
     #[must_use]
     pub fn stats(&self) -> Vec<CopyStats> {
+        if self.0.len() == 1 {
+            return Vec::new();
+        }
         let copies = self.0.iter().map(|copy| CopyStats {
             directory: copy.directory.clone(),
             bytes_read: copy.bytes.load(Ordering::Relaxed),
