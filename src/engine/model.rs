@@ -247,7 +247,7 @@ impl Model {
             wait(&running.core, &running.started.waker, state, asked, timeout)
         };
         if let (Some(trace), true) = (&running.core.trace, leased.is_ok()) {
-            trace.leased(layer);
+            trace.leased(layer, thread);
         }
         leased
     }
