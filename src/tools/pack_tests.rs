@@ -86,7 +86,8 @@ fn the_same_model_on_pages_in_the_order_of_use() {
         );
         let (catalog, _files) = read_catalog(&after).unwrap();
         assert_eq!(catalog.alignment_bytes, PAGE_4K);
-        let on_pages = |tensor: &crate::model::Tensor| tensor.extent.offset_bytes % PAGE_4K == 0;
+        let on_pages =
+            |tensor: &crate::model::Tensor| tensor.extent.offset_bytes.is_multiple_of(PAGE_4K);
         assert!(catalog.tensors.iter().all(on_pages));
         // Within a layer offsets rise with the order of use, and each layer begins behind the one before.
         let mut last = 0;
