@@ -104,6 +104,9 @@
 // fallbacks: memory could not be bound to the drive's NUMA node.
 #define FLEA_FALLBACK_NUMA 8
 
+// A bit of flea_stats_data.fallbacks: a copy of the model failed and is used no more.
+#define FLEA_FALLBACK_MIRROR 16
+
 // tensor flags: rows or globals that the host keeps itself (token embeddings). A tied output head is both.
 #define FLEA_TENSOR_HOST_KEPT 1
 
@@ -145,6 +148,9 @@ typedef struct flea_open_options {
   // Optional: bytes this host has reserved but not touched yet (KV cache, compute memory). Read once, when the plan
   // is made; with FLEA_OPEN_DEFER_PLAN that is in the first acquire or hint, and it must be valid until then.
   const uint64_t *host_pending_bytes;
+  // Directories with copies of the model's files, separated by ':', to be read from as well; NULL = none. Read during
+  // the call only.
+  const char *mirrors;
 } flea_open_options;
 
 // An open model. Only ever used through a pointer.

@@ -480,3 +480,60 @@ fn assert_monotonic_and_drawable(events: &[serde_json::Value]) {
         );
     }
 }
+
+/// Two copies of a model serve one walk: both are read from, every byte is right, and one that is cut is dropped.
+#[test]
+fn mirrors_share_the_reading() {
+    let model = small_model();
+    let name = model.file_name().expect("a name");
+    let copies = tempfile::tempdir().expect("a directory");
+    std::fs::copy(&model, copies.path().join(name)).expect("a copy");
+    for (reader, backing) in [("io_uring", "private"), ("pread", "shared")] {
+        let mut command = common::flea();
+        command.args(["bench", "stream"]).arg(&model);
+        command.args(["--memory", "50%", "--passes", "4", "--verify", "--json"]);
+        command.args([
+            "--request-bytes",
+            "64KiB",
+            "--depth",
+            "4",
+            "--reader",
+            reader,
+        ]);
+        command
+            .args(["--backing", backing, "--mirror"])
+            .arg(copies.path());
+        let outcome = common::json(&mut command);
+        let mirrors = outcome["mirrors"].as_array().expect("mirrors");
+        assert_eq!(mirrors.len(), 2);
+        for copy in mirrors {
+            assert!(common::number(copy, "bytes_read") > 0.0, "{outcome}");
+            assert_eq!(copy["dropped"], false);
+        }
+        let sum: f64 = mirrors
+            .iter()
+            .map(|copy| common::number(copy, "bytes_read"))
+            .sum();
+        assert!(sum >= common::number(&outcome, "bytes_read"), "{outcome}");
+        assert!(common::number(&outcome, "verified_bytes") > 0.0);
+        assert_eq!(
+            outcome["fallbacks"]
+                .as_array()
+                .expect("fallbacks")
+                .iter()
+                .filter(|f| *f == "mirror")
+                .count(),
+            0
+        );
+    }
+    // Another file of that name is no copy.
+    std::fs::write(copies.path().join(name), "something else").expect("written");
+    let mut command = common::flea();
+    command
+        .args(["bench", "stream"])
+        .arg(&model)
+        .arg("--mirror")
+        .arg(copies.path());
+    let refused = common::output(&mut command);
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+}

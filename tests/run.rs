@@ -452,3 +452,94 @@ mod faults {
         }
     }
 }
+
+/// Two copies of the model serve one run: the same logits bit for bit, both were read from, and the trace shows it all.
+#[test]
+fn mirrors_and_a_trace_change_no_bit() {
+    let model = tiny("llama", "q8_0");
+    let copies = tempfile::tempdir().expect("a directory");
+    std::fs::copy(
+        &model,
+        copies.path().join(model.file_name().expect("a name")),
+    )
+    .expect("a copy");
+    let trace = copies.path().join("trace.json");
+    let smallest = smallest_percent(&model);
+    let plain = json(&mut run(&model, &["--memory", &smallest]));
+    let arguments = [
+        "--memory",
+        smallest.as_str(),
+        "--request-bytes",
+        "64KiB",
+        "--depth",
+        "4",
+        "--mirror",
+        copies.path().to_str().expect("a path"),
+        "--trace",
+        trace.to_str().expect("a path"),
+    ];
+    let mirrored = json(&mut run(&model, &arguments));
+    assert_streamed(&mirrored);
+    assert_eq!(mirrored["logits_hash"], plain["logits_hash"]);
+    let copies = mirrored["mirrors"].as_array().expect("mirrors");
+    assert_eq!(copies.len(), 2);
+    let read: f64 = copies.iter().map(|copy| number(copy, "bytes_read")).sum();
+    assert!(
+        copies.iter().all(|copy| number(copy, "bytes_read") > 0.0),
+        "{mirrored}"
+    );
+    assert!(read >= number(&mirrored, "bytes_read"), "{mirrored}");
+    let trace: Value = serde_json::from_str(&std::fs::read_to_string(trace).expect("the trace"))
+        .expect("valid JSON");
+    let events = trace["traceEvents"].as_array().expect("events");
+    for kind in ["read", "compute"] {
+        assert!(events.iter().any(|event| event["cat"] == kind), "no {kind}");
+    }
+}
+
+/// What a plan predicts without any measurement is nothing, and with one it is a number.
+#[test]
+fn a_plan_names_its_profile() {
+    let model = tiny("llama", "q8_0");
+    let plan = |profiles: &str| {
+        json(
+            flea()
+                .env("FLEA_PROFILE", profiles)
+                .arg("plan")
+                .arg(&model)
+                .args(["--memory", "60%", "--json"]),
+        )
+    };
+    let none = plan("none");
+    assert!(
+        none["prediction"].is_null()
+            && none["profile"]
+                .as_str()
+                .is_some_and(|p| p.starts_with("none"))
+    );
+    let directory = tempfile::tempdir().expect("a directory");
+    let probed = json(
+        flea()
+            .env("FLEA_PROFILE", directory.path())
+            .arg("probe")
+            .arg(model.parent().expect("a directory"))
+            .args(["--size", "64MiB", "--seconds", "2ms", "--sustain", "20ms"])
+            .args(["--max-spread", "1000", "--target", "1MB/s", "--json"]),
+    );
+    assert_eq!(probed["verdict"], "PASS");
+    let measured = plan(directory.path().to_str().expect("a path"));
+    assert!(
+        number(&measured["prediction"], "tokens_per_second") > 0.0,
+        "{measured}"
+    );
+    assert!(
+        number(&measured["prediction"], "compute_seconds") > 0.0,
+        "{measured}"
+    );
+    assert!(
+        measured["profile"]
+            .as_str()
+            .is_some_and(|p| p.starts_with("measured 20")),
+        "{measured}"
+    );
+}

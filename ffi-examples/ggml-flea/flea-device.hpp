@@ -40,6 +40,7 @@ enum class LogLevel { off, error, warn, info, debug };
 
 struct Environment {
     std::string memory;    // FLEA_MEMORY; empty = automatic
+    std::string mirrors;   // FLEA_MIRROR: directories with copies, separated by ':'
     std::string model;     // FLEA_MODEL; empty = search
     std::string stats;     // FLEA_STATS; empty = none
     std::string endpoint;  // FLEA_ENDPOINT; empty = in this process

@@ -20,6 +20,7 @@ namespace {
 
 constexpr const char * known_names[] = {
     "FLEA_MEMORY", "FLEA_MODEL", "FLEA_STATS", "FLEA_ENDPOINT", "FLEA_READER", "FLEA_LOG", "FLEA_FAULT", "FLEA_PROFILE",
+    "FLEA_MIRROR",
 };
 
 std::string variable(const char * name) {
@@ -64,6 +65,7 @@ void warn_unknown(LogLevel level) {
 Environment read_environment() {
     Environment result;
     result.memory   = variable("FLEA_MEMORY");
+    result.mirrors  = variable("FLEA_MIRROR");
     result.model    = variable("FLEA_MODEL");
     result.stats    = variable("FLEA_STATS");
     result.endpoint = variable("FLEA_ENDPOINT");

@@ -72,6 +72,7 @@ std::unique_ptr<Model> open_model(Finder & f, const std::string & first_shard) {
     options.reader = env.reader;
     options.flags = FLEA_OPEN_DEFER_PLAN;
     options.memory = env.memory.empty() ? nullptr : env.memory.c_str();
+    options.mirrors = env.mirrors.empty() ? nullptr : env.mirrors.c_str();
     options.endpoint = env.endpoint.empty() ? nullptr : env.endpoint.c_str();
     options.host_pending_bytes = &pending_bytes;
 

@@ -34,6 +34,8 @@ enum Command {
     Doctor(cli::doctor::Args),
     /// Measure the codecs for keys and values: quality, bits, speed
     Kv(cli::kv::Args),
+    /// Rewrite a model in the order in which its weights are used
+    Pack(cli::pack::Args),
     /// Write a synthetic model of any size that llama.cpp loads
     Synth(cli::synth::Args),
 }
@@ -55,6 +57,7 @@ fn main() -> ExitCode {
         Command::Probe(args) => cli::probe::command(args),
         Command::Doctor(args) => cli::doctor::command(args),
         Command::Kv(args) => cli::kv::command(args).map(|()| ExitCode::SUCCESS),
+        Command::Pack(args) => cli::pack::command(args).map(|()| ExitCode::SUCCESS),
         Command::Synth(args) => cli::synth::command(args).map(|()| ExitCode::SUCCESS),
     };
     cli::finish(result, json)

@@ -13,6 +13,7 @@ use super::trace::{self, TraceFile};
 use super::values;
 use crate::engine::{BudgetSpec, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::mirror::CopyStats;
 use crate::io::{ReaderKind, ReaderOptions};
 use crate::mem::Backing;
 use crate::plan::SLOTS_DEFAULT;
@@ -102,6 +103,10 @@ pub struct StreamArgs {
     #[arg(long)]
     pub verify: bool,
 
+    /// A directory with a copy of the model's files, to be read from as well; may be given several times
+    #[arg(long, value_name = "DIR")]
+    pub mirror: Vec<PathBuf>,
+
     /// Write what the drive and the walk did when, in Chrome's trace format (ui.perfetto.dev)
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
@@ -146,6 +151,7 @@ impl StreamArgs {
             },
             slots_count: self.slots,
             page_bytes: self.page_bytes,
+            mirrors: self.mirror.clone(),
             ..OpenOptions::default()
         }
     }
@@ -240,17 +246,19 @@ fn json(
         "page_bytes": stats.page_bytes,
         "huge_page_share": stats.huge_page_share,
         "fallbacks": fallbacks,
+        "mirrors": stats.mirrors.iter().map(mirror_json).collect::<Vec<_>>(),
         "profile": model.profile(),
         "verified_bytes": verified_bytes,
     })
 }
 
-/// Where the reader's defaults came from; the daemon does not say.
-fn profile(model: &Opened) -> String {
-    match model {
-        Opened::Local(model) => model.profile().to_string(),
-        Opened::Daemon(_) => "the daemon's".to_owned(),
-    }
+/// What one copy has served, as `--json` has it.
+pub(super) fn mirror_json(copy: &CopyStats) -> serde_json::Value {
+    serde_json::json!({
+        "directory": copy.directory.to_string_lossy(),
+        "bytes_read": copy.bytes_read,
+        "dropped": copy.is_dropped,
+    })
 }
 
 fn pass_json(pass: &bench_stream::Pass) -> serde_json::Value {
@@ -300,7 +308,15 @@ fn table(
             100.0 * stats.huge_page_share
         ),
     );
-    table.field("profile", profile(model));
+    table.field("profile", model.profile());
+    for copy in &stats.mirrors {
+        let dropped = if copy.is_dropped { ", dropped" } else { "" };
+        let read = HumanBytes(copy.bytes_read);
+        table.field(
+            "copy",
+            format!("{}: {read} read{dropped}", copy.directory.display()),
+        );
+    }
     for (index, pass) in outcome.passes.iter().enumerate() {
         let rate = pass.bytes_read as f64 / 1e9 / pass.seconds.max(1e-9);
         table.field(

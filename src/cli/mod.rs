@@ -13,6 +13,7 @@ pub mod doctor;
 pub mod flead;
 pub mod inspect;
 pub mod kv;
+pub mod pack;
 pub mod plan;
 pub mod probe;
 #[cfg(feature = "run")]
@@ -39,7 +40,7 @@ use crate::units;
 
 /// The environment variables flea reads, besides one for each key of flead.toml (`FLEA_LIMITS_CLIENTS`). Any other
 /// `FLEA_*` is a slip of the fingers and is warned about.
-pub const ENVIRONMENT: [&str; 9] = [
+pub const ENVIRONMENT: [&str; 10] = [
     "FLEA_MEMORY",
     "FLEA_MODEL",
     "FLEA_STATS",
@@ -49,6 +50,7 @@ pub const ENVIRONMENT: [&str; 9] = [
     "FLEA_FAULT",
     "FLEA_PROFILE",
     "FLEA_CONFIG",
+    "FLEA_MIRROR",
 ];
 
 /// Options that an environment variable stands in for.

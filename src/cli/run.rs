@@ -157,6 +157,10 @@ struct StreamingArgs {
     #[arg(long, value_name = "BACKING", default_value = "private", value_parser = backing)]
     backing: u32,
 
+    /// A directory with a copy of the model's files, to be read from as well; may be given several times
+    #[arg(long, value_name = "DIR")]
+    mirror: Vec<PathBuf>,
+
     /// Slots of the ring, 2 to 64 [default: 3]
     #[arg(long, value_name = "N", value_parser = values::slots)]
     slots: Option<u32>,
@@ -235,6 +239,7 @@ struct Answer<'a> {
     huge_page_share: f64,
     peak_memory_bytes: u64,
     profile: String,
+    mirrors: Vec<serde_json::Value>,
 }
 
 /// Runs the command.
@@ -380,6 +385,7 @@ fn session_options(args: &Args) -> SessionOptions {
             request_bytes: streaming.request_bytes.unwrap_or(0),
             depth: streaming.depth.unwrap_or(0),
             whole_layers: streaming.whole_layers,
+            mirrors: streaming.mirror.clone(),
         }),
         context_tokens: args.ctx,
         ubatch_tokens: args.ubatch,
@@ -549,6 +555,11 @@ fn print_answer(session: &Session, generation: &Generation, figures: &Figures) -
         huge_page_share: figures.huge_page_share,
         peak_memory_bytes: figures.peak_memory_bytes,
         profile: figures.profile.clone(),
+        mirrors: figures
+            .mirrors
+            .iter()
+            .map(cli::bench::mirror_json)
+            .collect(),
     })
 }
 

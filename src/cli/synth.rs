@@ -169,14 +169,14 @@ pub fn command(args: &Args) -> Result<()> {
 }
 
 /// One line on a terminal's stderr, several times a second; nothing anywhere else.
-struct Progress {
+pub(super) struct Progress {
     active: bool,
     began: Instant,
     shown: Option<Instant>,
 }
 
 impl Progress {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             active: std::io::stderr().is_terminal(),
             began: Instant::now(),
@@ -184,7 +184,7 @@ impl Progress {
         }
     }
 
-    fn show(&mut self, done_bytes: u64, total_bytes: u64) {
+    pub(super) fn show(&mut self, done_bytes: u64, total_bytes: u64) {
         let due = |shown: Instant| shown.elapsed() >= Duration::from_millis(200);
         if !self.active || !self.shown.is_none_or(due) {
             return;
@@ -201,7 +201,7 @@ impl Progress {
         );
     }
 
-    fn clear(&self) {
+    pub(super) fn clear(&self) {
         if self.shown.is_some() {
             let _ = write!(std::io::stderr(), "\r\x1b[K");
         }

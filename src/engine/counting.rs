@@ -22,7 +22,8 @@ impl Model {
             reader: self.options.reader.kind,
             backing: self.options.backing,
             direct_io: self.files.iter().all(|file| file.direct().is_direct()),
-            fallbacks: self.buffered_shards(),
+            fallbacks: self.lost_shards(),
+            mirrors: self.copies.stats(),
             page_bytes: self.page_bytes,
             ..Stats::default()
         };
@@ -32,7 +33,7 @@ impl Model {
         stats
     }
 
-    fn buffered_shards(&self) -> Vec<Fallback> {
+    fn lost_shards(&self) -> Vec<Fallback> {
         let shards = self.files.iter().filter_map(|file| {
             let reason = file.direct().fallback()?;
             let reason = format!("{}: {reason}", file.path().display());
@@ -41,7 +42,12 @@ impl Model {
                 reason,
             })
         });
-        shards.collect()
+        let dropped = self
+            .copies
+            .stats()
+            .into_iter()
+            .filter(|copy| copy.is_dropped);
+        shards.chain(dropped.map(Fallback::of_mirror)).collect()
     }
 }
 

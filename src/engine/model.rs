@@ -16,6 +16,7 @@ use super::stream::{self, Core, Started};
 use super::trace::Trace;
 use super::wait::{Asked, wait};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::mirror::{self, Copies};
 use crate::io::profile::Found;
 use crate::io::{Counters, ShardFile, Waker};
 use crate::mem::{Backing, Pool, PoolOptions, Windows, limits};
@@ -46,7 +47,9 @@ pub struct Model {
     pub(super) running: OnceLock<Running>,
     pub(super) starting: Mutex<()>,
     pub(super) catalog: Arc<Catalog>,
+    /// The shards, and behind them those of every mirror.
     pub(super) files: Arc<[ShardFile]>,
+    pub(super) copies: Arc<Copies>,
     pub(super) windows: Arc<Windows>,
     pub(super) spans: Spans,
     pub(super) options: OpenOptions,
@@ -74,6 +77,7 @@ impl Model {
         files: Vec<ShardFile>,
         options: OpenOptions,
     ) -> Result<Self> {
+        let files = mirror::open(files, &options.mirrors)?;
         Self::again(Arc::new(catalog), files.into(), options)
     }
 
@@ -102,6 +106,7 @@ impl Model {
             page_bytes: options
                 .page_bytes
                 .unwrap_or_else(|| plan::default_page_bytes(&catalog)),
+            copies: Arc::new(Copies::new(&files, lens.len())),
             catalog,
             files,
             trace: options
@@ -208,7 +213,7 @@ impl Model {
             wait(&running.core, &running.started.waker, state, asked, timeout)
         };
         if let (Some(trace), true) = (&running.core.trace, leased?) {
-            trace.leased(layer);
+            trace.leased(layer, thread);
         }
         Ok(())
     }
@@ -369,6 +374,7 @@ impl Model {
             changed: Condvar::new(),
             pool: Mutex::new(pool),
             counters: Mutex::new(Counters::default()),
+            copies: Arc::clone(&self.copies),
             stop: AtomicBool::new(false),
             trace: self.trace.get().cloned(),
         });

@@ -6,6 +6,7 @@ use crate::io::ReaderOptions;
 use crate::mem::Backing;
 use crate::plan;
 use crate::units::MemorySpec;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
@@ -37,6 +38,8 @@ pub struct OpenOptions {
     pub numa: bool,
     /// Bytes the host has reserved but not touched yet; read once, when the plan is made.
     pub host_pending_bytes: Arc<AtomicU64>,
+    /// Directories with copies of the model's files, to be read from as well.
+    pub mirrors: Vec<PathBuf>,
     /// Where events go; `None` traces nothing.
     pub trace: Option<Arc<Trace>>,
     /// For a model in the daemon: its clients, and its part of the drive.
@@ -54,6 +57,7 @@ impl Default for OpenOptions {
             page_bytes: None,
             numa: true,
             host_pending_bytes: Arc::default(),
+            mirrors: Vec::new(),
             trace: None,
             shared: Shared::default(),
         }

@@ -1,6 +1,7 @@
 //! What a model tells about itself: the arithmetic of its budget, and counters.
 
 use crate::io::ReaderKind;
+use crate::io::mirror::CopyStats;
 use crate::mem::{self, Backing};
 
 /// The budget a plan was made for.
@@ -17,6 +18,17 @@ pub struct Fallback {
 }
 
 impl Fallback {
+    /// A copy that is used no more.
+    pub(super) fn of_mirror(copy: CopyStats) -> Self {
+        Self {
+            kind: FallbackKind::Mirror,
+            reason: format!(
+                "the copy in {} failed and is used no more",
+                copy.directory.display()
+            ),
+        }
+    }
+
     /// What the pool reports, under the numbers of the ABI.
     pub(super) fn of_memory(fallback: &mem::Fallback) -> Self {
         let kind = match fallback {
@@ -42,6 +54,8 @@ pub enum FallbackKind {
     SmallPages = 4,
     /// Memory could not be bound to the drive's NUMA node.
     Numa = 8,
+    /// A copy of the model failed and is used no more.
+    Mirror = 16,
 }
 
 impl FallbackKind {
@@ -53,6 +67,7 @@ impl FallbackKind {
             Self::Pread => "pread",
             Self::SmallPages => "small_pages",
             Self::Numa => "numa",
+            Self::Mirror => "mirror",
         }
     }
 }
@@ -91,6 +106,8 @@ pub struct Stats {
     pub direct_io: bool,
     /// What did not come out as wished.
     pub fallbacks: Vec<Fallback>,
+    /// What each copy has served, the model itself first; empty without mirrors.
+    pub mirrors: Vec<CopyStats>,
     /// Leases given; a further acquire of a layer that the thread holds extends its lease and is not counted.
     pub acquires: u64,
     /// Releases.

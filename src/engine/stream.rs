@@ -14,9 +14,8 @@ use super::share::Member;
 use super::state::{Job, Outcome, State};
 use super::trace::{Part, Trace};
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{
-    Completion, Counters, Reader, ReaderKind, ReaderOptions, Request, ShardFile, Waker,
-};
+use crate::io::mirror::{Copies, Mirrored};
+use crate::io::{Completion, Counters, ReaderKind, ReaderOptions, Request, ShardFile, Waker};
 use crate::mem::Pool;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -38,6 +37,8 @@ pub struct Core {
     pub pool: Mutex<Pool>,
     /// Counters of the reader, as of its last wait.
     pub counters: Mutex<Counters>,
+    /// What each copy of the model has served.
+    pub copies: Arc<Copies>,
     /// Set to end the stream.
     pub stop: AtomicBool,
     /// Where events go, when somebody wants them.
@@ -87,7 +88,7 @@ pub fn run(
 ) {
     // Signals are the host's business; a handler running here would stall the drive.
     let _ = nix::sys::signal::SigSet::all().thread_block();
-    let reader = match Reader::new(Arc::clone(files), options) {
+    let reader = match Mirrored::new(Arc::clone(files), Arc::clone(&core.copies), options) {
         Ok(reader) => reader,
         Err(error) => {
             let _ = started.send(Err(error));
@@ -129,7 +130,7 @@ struct Stream<'a> {
     files: &'a Arc<[ShardFile]>,
     board: Option<&'a Board>,
     share: Option<&'a Member>,
-    reader: Reader,
+    reader: Mirrored,
     queue: VecDeque<Queued>,
     completions: Vec<Completion>,
 }
@@ -184,7 +185,7 @@ impl Stream<'_> {
     /// Aims the slot and queues the requests of a fetch.
     fn begin(&mut self, job: Job) -> Result<()> {
         let fetch = &self.layout.fetches[job.fetch as usize];
-        self.files[fetch.run.shard_index as usize].check_unchanged()?;
+        self.reader.check_unchanged(fetch.run.shard_index)?;
         let target = {
             let mut pool = self.core.pool();
             match job.slot {
@@ -321,10 +322,10 @@ impl Stream<'_> {
 
     /// Makes a whole fetch readable. A file that was cut and grown again meanwhile reads zeros without any error, so its
     /// identity is looked at once more, after the last byte.
-    fn publish(&self, fetch: u32) {
+    fn publish(&mut self, fetch: u32) {
         let slot = self.core.state().slot_of(fetch);
         let run = &self.layout.fetches[fetch as usize].run;
-        let unchanged = self.files[run.shard_index as usize].check_unchanged();
+        let unchanged = self.reader.check_unchanged(run.shard_index);
         let published = unchanged.and_then(|()| {
             let mut pool = self.core.pool();
             match slot {

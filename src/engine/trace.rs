@@ -89,10 +89,14 @@ impl Lanes {
         }
     }
 
-    /// The youngest with this key, and its lane.
-    fn end(&mut self, key: u64) -> Option<(u16, Open)> {
+    fn holds(&self, key: u64) -> bool {
+        self.0.iter().flatten().any(|open| open.key == key)
+    }
+
+    /// The youngest whose key fits, and its lane.
+    fn end(&mut self, fits: impl Fn(u64) -> bool) -> Option<(u16, Open)> {
         let held = self.0.iter_mut().enumerate();
-        let same = held.filter(|(_, open)| open.is_some_and(|open| open.key == key));
+        let same = held.filter(|(_, open)| open.is_some_and(|open| fits(open.key)));
         let (lane, open) = same.max_by_key(|(_, open)| open.map(|open| open.begin_ns))?;
         Some((lane as u16, open.take()?))
     }
@@ -179,7 +183,7 @@ impl Trace {
     pub fn read_ended(&self, key: u64, failed: bool) {
         let end_ns = self.now_ns();
         let mut inner = self.inner();
-        if let Some((lane, open)) = inner.reads.end(key) {
+        if let Some((lane, open)) = inner.reads.end(|open| open == key) {
             inner.push(event(Kind::Read, lane, open, failed, end_ns));
         }
     }
@@ -196,11 +200,16 @@ impl Trace {
         self.inner().push(event(Kind::Wait, 0, open, false, end_ns));
     }
 
-    /// A host got a lease: from now on it computes.
-    pub fn leased(&self, layer: u32) {
+    /// A host's thread got a lease: from now on it computes. Another acquire of the same layer extends that lease.
+    pub fn leased(&self, layer: u32, thread: u64) {
         let begin_ns = self.now_ns();
-        self.inner().leases.begin(Open {
-            key: u64::from(layer),
+        let key = thread << 32 | u64::from(layer);
+        let mut inner = self.inner();
+        if inner.leases.holds(key) {
+            return;
+        }
+        inner.leases.begin(Open {
+            key,
             layer: Some(layer),
             part: Part::default(),
             begin_ns,
@@ -211,7 +220,7 @@ impl Trace {
     pub fn released(&self, layer: u32) {
         let end_ns = self.now_ns();
         let mut inner = self.inner();
-        if let Some((lane, open)) = inner.leases.end(u64::from(layer)) {
+        if let Some((lane, open)) = inner.leases.end(|open| open as u32 == layer) {
             inner.push(event(Kind::Compute, lane, open, false, end_ns));
         }
     }
@@ -350,8 +359,9 @@ mod tests {
         trace.read_begun(3, Some(1), part(30, 30));
         trace.read_ended(3, false);
         trace.read_ended(2, true);
-        trace.leased(4);
-        trace.leased(4);
+        trace.leased(4, 1);
+        trace.leased(4, 2);
+        trace.leased(4, 1);
         trace.released(4);
         trace.released(4);
         trace.waited(7, Instant::now());

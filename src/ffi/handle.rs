@@ -240,8 +240,15 @@ fn parse_options(
         }
     };
     let defaults = OpenOptions::default();
+    // SAFETY: as above.
+    let mirrors = unsafe { text(options.mirrors, "mirrors") }?;
+    let mirrors = mirrors.unwrap_or_default().split(':');
     Ok(OpenOptions {
         trace: None,
+        mirrors: mirrors
+            .filter(|path| !path.is_empty())
+            .map(PathBuf::from)
+            .collect(),
         budget,
         defer_plan: options.flags & types::FLEA_OPEN_DEFER_PLAN != 0,
         backing,

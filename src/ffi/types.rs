@@ -71,6 +71,8 @@ pub const FLEA_FALLBACK_PREAD: u32 = 2;
 pub const FLEA_FALLBACK_SMALL_PAGES: u32 = 4;
 /// fallbacks: memory could not be bound to the drive's NUMA node.
 pub const FLEA_FALLBACK_NUMA: u32 = 8;
+/// A bit of flea_stats_data.fallbacks: a copy of the model failed and is used no more.
+pub const FLEA_FALLBACK_MIRROR: u32 = 16;
 
 /// tensor flags: rows or globals that the host keeps itself (token embeddings). A tied output head is both.
 pub const FLEA_TENSOR_HOST_KEPT: u32 = 1;
@@ -106,6 +108,9 @@ pub struct flea_open_options {
     /// Optional: bytes this host has reserved but not touched yet (KV cache, compute memory). Read once, when the plan
     /// is made; with FLEA_OPEN_DEFER_PLAN that is in the first acquire or hint, and it must be valid until then.
     pub host_pending_bytes: *const u64,
+    /// Directories with copies of the model's files, separated by ':', to be read from as well; NULL = none. Read during
+    /// the call only.
+    pub mirrors: *const c_char,
 }
 
 /// What a model is, and how it was planned. Fields marked (plan) are 0 until the plan is made.

@@ -5,7 +5,7 @@
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString, c_char, c_void};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use llama_cpp_sys_2 as llama;
@@ -55,6 +55,8 @@ pub struct StreamOptions {
     pub depth: u32,
     /// Compute with a layer only when all of it is in memory.
     pub whole_layers: bool,
+    /// Directories with copies of the model.
+    pub mirrors: Vec<PathBuf>,
 }
 
 /// The streamed model.
@@ -79,6 +81,28 @@ impl Drop for Handle {
         // SAFETY: opened by flea_model_open, closed once, and no lease is held between two decodes.
         unsafe { calls::flea_model_close(self.0) };
     }
+}
+
+/// The directories as the C ABI takes them.
+fn mirror_list(directories: &[PathBuf]) -> Result<CString> {
+    let mut list = Vec::new();
+    for directory in directories {
+        let bytes = directory.as_os_str().as_encoded_bytes();
+        if bytes.contains(&b':') || bytes.contains(&0) {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!(
+                    "--mirror {}: a path with a colon cannot be named; give a link to it",
+                    directory.display()
+                ),
+            ));
+        }
+        if !list.is_empty() {
+            list.push(b':');
+        }
+        list.extend(bytes);
+    }
+    CString::new(list).map_err(|_| Error::new(ErrorKind::Invalid, "a NUL byte in --mirror"))
 }
 
 /// flea's last error on this thread as an [`Error`] of the status `status`.
@@ -122,6 +146,7 @@ impl Streamed {
             .map(CString::new)
             .transpose()
             .map_err(nul)?;
+        let mirrors = mirror_list(&options.mirrors)?;
         // SAFETY: all-zero is a valid flea_open_options: the defaults (include/flea.h).
         let mut raw: flea_open_options = unsafe { std::mem::zeroed() };
         raw.struct_size = size_of::<flea_open_options>() as u32;
@@ -131,6 +156,7 @@ impl Streamed {
         raw.page_bytes = options.page_bytes;
         raw.request_bytes = options.request_bytes;
         raw.depth = options.depth;
+        raw.mirrors = mirrors.as_ptr();
         raw.flags = types::FLEA_OPEN_DEFER_PLAN;
         raw.memory = memory
             .as_ref()
@@ -252,6 +278,7 @@ impl Handle {
             .filter(|(bit, _)| stats.fallbacks & bit != 0)
             .map(|(_, name)| *name)
             .collect();
+        figures.mirrors = self.model().stats().mirrors;
         figures.bytes_read = stats.bytes_read;
         figures.read_seconds = stats.read_ns as f64 / 1e9;
         figures.stall_seconds = stats.stall_ns as f64 / 1e9;
@@ -271,11 +298,12 @@ impl Handle {
 }
 
 /// The names of flea_stats_data.fallbacks' bits, as `--json` lists them.
-const FALLBACKS: [(u32, &str); 4] = [
+const FALLBACKS: [(u32, &str); 5] = [
     (types::FLEA_FALLBACK_BUFFERED, "buffered"),
     (types::FLEA_FALLBACK_PREAD, "pread"),
     (types::FLEA_FALLBACK_SMALL_PAGES, "small_pages"),
     (types::FLEA_FALLBACK_NUMA, "numa"),
+    (types::FLEA_FALLBACK_MIRROR, "mirror"),
 ];
 
 impl Drop for Streamed {

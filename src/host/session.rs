@@ -17,6 +17,7 @@ use crate::host::sample::{LogitsHash, Sampler};
 use crate::host::text::TextAssembler;
 use crate::host::{KvType, Token, log, process};
 use crate::io::ShardFile;
+use crate::io::mirror::CopyStats;
 use crate::io::profile::{self, Device, Found};
 use crate::mem::limits;
 use crate::model::{Format, gguf};
@@ -143,6 +144,8 @@ pub struct Figures {
     pub peak_memory_bytes: u64,
     /// What is known about the drive the model lies on.
     pub profile: String,
+    /// What each copy of the model has served, the model itself first; empty without mirrors.
+    pub mirrors: Vec<CopyStats>,
 }
 
 /// Watches the first reads from another thread.

@@ -13,6 +13,7 @@ pub mod direct;
 pub mod fault;
 mod filesystem;
 mod memory;
+pub mod mirror;
 mod pread;
 pub mod profile;
 mod request;

@@ -182,6 +182,12 @@ impl Profile {
             .sustained
             .iter()
             .flat_map(|sustained| [sustained.first_gb_per_second, sustained.last_gb_per_second]);
+        if !(0.0..1.0).contains(&self.node_seconds) {
+            return Err(format!(
+                "it holds an impossible time: {}",
+                self.node_seconds
+            ));
+        }
         match memory
             .chain(compute)
             .chain(sustained)

@@ -5,6 +5,7 @@ pub mod bench_stream;
 pub mod doctor;
 pub mod gguf_write;
 pub mod kv_bench;
+pub mod pack;
 pub mod probe;
 pub mod raw;
 pub mod svg;

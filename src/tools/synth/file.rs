@@ -208,7 +208,15 @@ impl OutputFile {
             Error::from_io(&error, format!("rename to {}", self.path.display()))
         })?;
         self.committed = true;
-        Ok(())
+        // The name is only as lasting as the directory that holds it.
+        File::open(directory(&self.path))
+            .and_then(|directory| directory.sync_all())
+            .map_err(|error| {
+                Error::from_io(
+                    &error,
+                    format!("sync the directory of {}", self.path.display()),
+                )
+            })
     }
 }
 

@@ -1,0 +1,522 @@
+//! Several copies of a model on several drives: each request goes to the copy that will have it first.
+//!
+//! A wrapper around one [`Reader`] whose files are the shards of every copy, one copy behind the other. Every copy has a
+//! queue of its own, as long as the fastest copy takes for its depth: a slow drive gets what it can do in that time and no
+//! layer waits for it longer. A copy that fails is dropped, its requests go to the others, and it is said. Invariants:
+//! bytes are handed out only from copies that have not changed since they were opened; a request whose memory the kernel
+//! keeps is never asked for again. Without mirrors every call is passed on as it is.
+//! Place: `reader` of `file -> catalog -> plan -> reader -> pool -> lease -> host`.
+#![allow(unsafe_code)]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::{
+    Completion, Counters, DEPTH_MOST, Reader, ReaderKind, ReaderOptions, Request, ShardFile, Waker,
+    default_depth, default_request_bytes,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::{PAGE_2M, PAGE_4K, align_down};
+
+/// Most copies beside the model itself.
+pub const MIRRORS_MAX: usize = 15;
+/// Pages of each shard that are held against the first copy's.
+const SAMPLES: u64 = 64;
+/// Of the head of each shard this much is compared to the byte; a header is inside it, or sampled with the rest.
+const HEAD_BYTES: u64 = 1 << 20;
+/// How much a newly measured rate weighs against what was known.
+const RATE_WEIGHT: f64 = 0.25;
+/// A rate is taken over at least this many requests: one alone may have met an empty or a full queue.
+const RATE_REQUESTS: u32 = 4;
+
+/// What is known about each copy, for whoever shows it.
+#[derive(Debug)]
+pub struct Copies(Vec<Source>);
+
+#[derive(Debug)]
+struct Source {
+    directory: PathBuf,
+    bytes: AtomicU64,
+    dropped: AtomicBool,
+}
+
+/// One copy's figures.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CopyStats {
+    /// Where it lies.
+    pub directory: PathBuf,
+    /// What was read from it.
+    pub bytes_read: u64,
+    /// It failed and is used no more.
+    pub is_dropped: bool,
+}
+
+impl Copies {
+    /// The copies in `files`, each of `shards_count` shards.
+    #[must_use]
+    pub fn new(files: &[ShardFile], shards_count: usize) -> Self {
+        let firsts = files.iter().step_by(shards_count.max(1));
+        let copies = firsts.map(|file| Source {
+            directory: file.path().parent().unwrap_or(Path::new(".")).to_path_buf(),
+            bytes: AtomicU64::new(0),
+            dropped: AtomicBool::new(false),
+        });
+        Self(copies.collect())
+    }
+
+    /// All copies, the model itself first; nothing where there is only the model.
+    #[must_use]
+    pub fn stats(&self) -> Vec<CopyStats> {
+        if self.0.len() == 1 {
+            return Vec::new();
+        }
+        let copies = self.0.iter().map(|copy| CopyStats {
+            directory: copy.directory.clone(),
+            bytes_read: copy.bytes.load(Ordering::Relaxed),
+            is_dropped: copy.dropped.load(Ordering::Relaxed),
+        });
+        copies.collect()
+    }
+}
+
+/// Opens the copies of `files` in each of `directories`: the files of the model, then those of each copy.
+///
+/// # Errors
+/// `Invalid` for a copy that is not one (another length, other bytes, the very same file) or too many of them; what
+/// opening and reading the files gives.
+pub fn open(mut files: Vec<ShardFile>, directories: &[PathBuf]) -> Result<Vec<ShardFile>> {
+    if directories.len() > MIRRORS_MAX {
+        return Err(invalid(format!(
+            "{} mirrors are too many; {MIRRORS_MAX} are the most",
+            directories.len()
+        )));
+    }
+    let shards_count = files.len();
+    for directory in directories {
+        for shard in 0..shards_count {
+            let name = files[shard]
+                .path()
+                .file_name()
+                .ok_or_else(|| invalid(format!("{} has no name", files[shard].path().display())))?;
+            let copy = ShardFile::open(&directory.join(name))?;
+            let same = |other: &ShardFile| {
+                let (a, b) = (other.identity(), copy.identity());
+                (a.device, a.inode) == (b.device, b.inode)
+            };
+            if let Some(other) = files.iter().find(|other| same(other)) {
+                return Err(invalid(format!(
+                    "mirror {} is the same file as {}",
+                    copy.path().display(),
+                    other.path().display()
+                )));
+            }
+            check_same(&files[shard], &copy)?;
+            files.push(copy);
+        }
+    }
+    Ok(files)
+}
+
+fn invalid(context: String) -> Error {
+    Error::new(ErrorKind::Invalid, context)
+}
+
+/// Length, head, tail and pages all over must agree.
+fn check_same(original: &ShardFile, copy: &ShardFile) -> Result<()> {
+    let len_bytes = original.len_bytes();
+    if copy.len_bytes() != len_bytes {
+        return Err(invalid(format!(
+            "mirror {} has {} bytes, but {} has {len_bytes}; copy it anew",
+            copy.path().display(),
+            copy.len_bytes(),
+            original.path().display()
+        )));
+    }
+    let head_bytes = HEAD_BYTES.min(len_bytes);
+    check_range(original, copy, 0, head_bytes)?;
+    let last = align_down(len_bytes.saturating_sub(1), PAGE_4K);
+    // A prime step visits pages of every kind; the same ones each time, so that a bad copy is bad every time.
+    let pages_count = len_bytes.div_ceil(PAGE_4K);
+    let step = (pages_count / SAMPLES).max(1);
+    let samples = (0..SAMPLES).map(|sample| (sample * step + sample * 7919 % step) % pages_count);
+    for offset_bytes in samples.map(|page| page * PAGE_4K).chain([last]) {
+        let part = PAGE_4K.min(len_bytes - offset_bytes);
+        check_range(original, copy, offset_bytes, part)?;
+    }
+    Ok(())
+}
+
+fn check_range(original: &ShardFile, copy: &ShardFile, offset: u64, len: u64) -> Result<()> {
+    let mut expected = vec![0; len as usize];
+    let mut found = vec![0; len as usize];
+    original.read_exact_at(offset, &mut expected)?;
+    copy.read_exact_at(offset, &mut found)?;
+    match expected.iter().zip(&found).position(|(a, b)| a != b) {
+        None => Ok(()),
+        Some(byte) => Err(invalid(format!(
+            "mirror {} differs from {} at offset {}; copy it anew",
+            copy.path().display(),
+            original.path().display(),
+            offset + byte as u64
+        ))),
+    }
+}
+
+/// One copy at work.
+#[derive(Debug, Default)]
+struct Lane {
+    is_dropped: bool,
+    outstanding_count: u32,
+    outstanding_bytes: u64,
+    /// Bytes per second; 0 = not known yet.
+    rate: f64,
+    /// The measurement under way: since when it has had something to do, and what it did.
+    busy_since: Option<Instant>,
+    done_bytes: u64,
+    done_count: u32,
+}
+
+impl Lane {
+    fn begin(&mut self, len_bytes: u64, now: Instant) {
+        self.outstanding_count += 1;
+        self.outstanding_bytes += len_bytes;
+        self.busy_since.get_or_insert(now);
+    }
+
+    fn end(&mut self, len_bytes: u64, now: Instant) {
+        self.outstanding_count -= 1;
+        self.outstanding_bytes -= len_bytes;
+        self.done_bytes += len_bytes;
+        self.done_count += 1;
+        let Some(since) = self.busy_since else { return };
+        let is_idle = self.outstanding_count == 0;
+        if self.done_count >= RATE_REQUESTS || is_idle {
+            let seconds = now.saturating_duration_since(since).as_secs_f64().max(1e-6);
+            let measured = self.done_bytes as f64 / seconds;
+            self.rate = if self.rate > 0.0 {
+                self.rate + (measured - self.rate) * RATE_WEIGHT
+            } else {
+                measured
+            };
+            self.busy_since = (!is_idle).then_some(now);
+            (self.done_bytes, self.done_count) = (0, 0);
+        }
+    }
+}
+
+/// A request on its way to a copy.
+#[derive(Debug, Clone)]
+struct Sent {
+    request: Request,
+    lane: usize,
+}
+
+/// The copies of a model.
+#[derive(Debug)]
+struct Spread {
+    lanes: Vec<Lane>,
+    sent: Vec<Sent>,
+    depth: u32,
+    request_bytes: u64,
+    copies: Arc<Copies>,
+    /// Completions kept while a wait sorts them.
+    sorted: Vec<Completion>,
+}
+
+impl Spread {
+    /// Bytes per second of a lane; before the first measurement that of the others, or just any.
+    fn rate(&self, lane: usize) -> f64 {
+        let own = self.lanes[lane].rate;
+        if own > 0.0 {
+            return own;
+        }
+        let most = self.lanes.iter().map(|lane| lane.rate).fold(0.0, f64::max);
+        if most > 0.0 { most } else { 1e9 }
+    }
+
+    /// How many requests a copy may have: what it does in the time in which the fastest does its depth.
+    fn allowed(&self, lane: usize) -> u32 {
+        if self.lanes[lane].is_dropped {
+            return 0;
+        }
+        let live = (0..self.lanes.len()).filter(|&other| !self.lanes[other].is_dropped);
+        let fastest = live.map(|other| self.rate(other)).fold(0.0, f64::max);
+        let share = self.rate(lane) / fastest.max(1e-9);
+        ((f64::from(self.depth) * share).round() as u32).clamp(1, self.depth)
+    }
+
+    fn free(&self) -> usize {
+        let lanes = 0..self.lanes.len();
+        let free = lanes.map(|lane| {
+            let outstanding = self.lanes[lane].outstanding_count;
+            self.allowed(lane).saturating_sub(outstanding) as usize
+        });
+        free.sum()
+    }
+
+    /// The copy that would have `len_bytes` first, of those with room (or, with `crowd`, of all).
+    fn choose(&self, len_bytes: u64, crowd: bool) -> Option<usize> {
+        let open = (0..self.lanes.len()).filter(|&lane| {
+            let state = &self.lanes[lane];
+            !state.is_dropped && (crowd || state.outstanding_count < self.allowed(lane))
+        });
+        let seconds =
+            |lane: usize| (self.lanes[lane].outstanding_bytes + len_bytes) as f64 / self.rate(lane);
+        open.min_by(|&a, &b| seconds(a).total_cmp(&seconds(b)))
+    }
+
+    fn live_count(&self) -> usize {
+        self.lanes.iter().filter(|lane| !lane.is_dropped).count()
+    }
+
+    fn drop_lane(&mut self, lane: usize, reason: &Error) {
+        if std::mem::replace(&mut self.lanes[lane].is_dropped, true) {
+            return;
+        }
+        let copy = &self.copies.0[lane];
+        copy.dropped.store(true, Ordering::Relaxed);
+        log::warn!(
+            "the copy in {} is used no more: {reason}",
+            copy.directory.display()
+        );
+    }
+}
+
+/// A reader over all copies of a model. Submit and wait from one thread.
+#[derive(Debug)]
+pub struct Mirrored {
+    reader: Reader,
+    files: Arc<[ShardFile]>,
+    shards_count: usize,
+    spread: Option<Spread>,
+}
+
+impl Mirrored {
+    /// A reader over `files`: the shards of the model, and behind them those of each copy. `options.depth` counts for each.
+    ///
+    /// # Errors
+    /// Those of [`Reader::new`].
+    pub fn new(
+        files: Arc<[ShardFile]>,
+        copies: Arc<Copies>,
+        options: &ReaderOptions,
+    ) -> Result<Self> {
+        let copies_count = copies.0.len().max(1);
+        let shards_count = files.len() / copies_count;
+        if copies_count == 1 {
+            return Ok(Self {
+                reader: Reader::new(Arc::clone(&files), options)?,
+                files,
+                shards_count,
+                spread: None,
+            });
+        }
+        let mut options = options.clone();
+        if options.request_bytes == 0 {
+            let page_bytes = if options.page_bytes == 0 {
+                PAGE_2M
+            } else {
+                options.page_bytes
+            };
+            options.request_bytes = default_request_bytes(page_bytes);
+        }
+        if options.depth == 0 {
+            options.depth = default_depth(options.request_bytes);
+        }
+        let depth = options.depth.min(DEPTH_MOST / copies_count as u32).max(1);
+        options.depth = depth * copies_count as u32;
+        let spread = Spread {
+            lanes: (0..copies_count).map(|_| Lane::default()).collect(),
+            sent: Vec::with_capacity(options.depth as usize),
+            depth,
+            request_bytes: u64::from(options.request_bytes),
+            copies,
+            sorted: Vec::with_capacity(options.depth as usize),
+        };
+        Ok(Self {
+            reader: Reader::new(Arc::clone(&files), &options)?,
+            files,
+            shards_count,
+            spread: Some(spread),
+        })
+    }
+
+    /// See [`Reader::kind`].
+    #[must_use]
+    pub const fn kind(&self) -> ReaderKind {
+        self.reader.kind()
+    }
+
+    /// See [`Reader::fallback`].
+    #[must_use]
+    pub fn fallback(&self) -> Option<String> {
+        self.reader.fallback()
+    }
+
+    /// See [`Reader::free`].
+    #[must_use]
+    pub fn free(&self) -> usize {
+        let free = self.reader.free();
+        self.spread
+            .as_ref()
+            .map_or(free, |spread| spread.free().min(free))
+    }
+
+    /// See [`Reader::in_flight`].
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.reader.in_flight()
+    }
+
+    /// See [`Reader::waker`].
+    #[must_use]
+    pub fn waker(&self) -> Waker {
+        self.reader.waker()
+    }
+
+    /// See [`Reader::counters`].
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        self.reader.counters()
+    }
+
+    /// See [`Reader::drain`].
+    pub fn drain(&mut self, bound: Duration) -> Vec<u64> {
+        self.reader.drain(bound)
+    }
+
+    /// Looks whether every copy of a shard that is in use is what it was when it was opened. A copy that is not is dropped,
+    /// and the error is given all the same: what was read from it lately is not to be trusted.
+    ///
+    /// # Errors
+    /// As [`ShardFile::check_unchanged`].
+    pub fn check_unchanged(&mut self, shard_index: u32) -> Result<()> {
+        let Some(spread) = &mut self.spread else {
+            return self.files[shard_index as usize].check_unchanged();
+        };
+        let mut outcome = Ok(());
+        for lane in 0..spread.lanes.len() {
+            if spread.lanes[lane].is_dropped {
+                continue;
+            }
+            let file = &self.files[lane * self.shards_count + shard_index as usize];
+            if let Err(error) = file.check_unchanged() {
+                if spread.live_count() > 1 {
+                    spread.drop_lane(lane, &error);
+                }
+                outcome = Err(error);
+            }
+        }
+        outcome
+    }
+
+    /// Takes a request for a shard of the model; which copy serves it is decided here.
+    ///
+    /// # Errors
+    /// As [`Reader::submit`].
+    ///
+    /// # Safety
+    /// As [`Reader::submit`].
+    pub unsafe fn submit(&mut self, request: Request) -> Result<()> {
+        let Some(spread) = &self.spread else {
+            // SAFETY: the caller's promise is the same.
+            return unsafe { self.reader.submit(request) };
+        };
+        let lane = spread
+            .choose(request.len_bytes, false)
+            .ok_or_else(|| Error::new(ErrorKind::Busy, "mirrors: every copy has its requests"))?;
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.send(request, lane) }
+    }
+
+    /// # Safety
+    /// As [`Reader::submit`].
+    unsafe fn send(&mut self, request: Request, lane: usize) -> Result<()> {
+        let shard_index = (lane * self.shards_count) as u32 + request.shard_index;
+        let aimed = Request {
+            shard_index,
+            ..request
+        };
+        // SAFETY: by this function's contract; only the file differs.
+        unsafe { self.reader.submit(aimed)? };
+        if let Some(spread) = &mut self.spread {
+            spread.lanes[lane].begin(request.len_bytes, Instant::now());
+            spread.sent.push(Sent { request, lane });
+        }
+        Ok(())
+    }
+
+    /// See [`Reader::wait`]. A read that failed is asked of another copy, and only when there is none it is a completion.
+    ///
+    /// # Errors
+    /// As [`Reader::wait`].
+    pub fn wait(&mut self, timeout: Option<Duration>, out: &mut Vec<Completion>) -> Result<()> {
+        let Some(spread) = &mut self.spread else {
+            return self.reader.wait(timeout, out);
+        };
+        let mut sorted = std::mem::take(&mut spread.sorted);
+        self.reader.wait(timeout, &mut sorted)?;
+        for completion in sorted.drain(..) {
+            if let Some(completion) = self.settle(completion)? {
+                out.push(completion);
+            }
+        }
+        if let Some(spread) = &mut self.spread {
+            spread.sorted = sorted;
+        }
+        Ok(())
+    }
+
+    /// Books a completion; `None` when its request was sent to another copy.
+    fn settle(&mut self, completion: Completion) -> Result<Option<Completion>> {
+        let Some(spread) = &mut self.spread else {
+            return Ok(Some(completion));
+        };
+        let place = spread
+            .sent
+            .iter()
+            .position(|sent| sent.request.key == completion.key);
+        let Some(place) = place else {
+            return Ok(Some(completion));
+        };
+        let Sent { request, lane } = spread.sent.swap_remove(place);
+        spread.lanes[lane].end(request.len_bytes, Instant::now());
+        let Err(error) = &completion.result else {
+            let file = &self.files[lane * self.shards_count + request.shard_index as usize];
+            let held = file.len_bytes().saturating_sub(request.offset_bytes);
+            let bytes = request.len_bytes.min(held);
+            spread.copies.0[lane]
+                .bytes
+                .fetch_add(bytes, Ordering::Relaxed);
+            return Ok(Some(completion));
+        };
+        if spread.lanes[lane].is_dropped || spread.live_count() > 1 {
+            let error = error.clone();
+            spread.drop_lane(lane, &error);
+        }
+        let other = spread.choose(request.len_bytes, true);
+        match other.filter(|&other| completion.returned && other != lane) {
+            // SAFETY: the memory is the submitter's until a completion is handed out, and this one is not.
+            Some(other) => match unsafe { self.send(request, other) } {
+                Ok(()) => Ok(None),
+                Err(_) => Ok(Some(completion)),
+            },
+            None => Ok(Some(completion)),
+        }
+    }
+
+    /// The length to cut requests to.
+    #[must_use]
+    pub fn request_bytes(&self) -> u64 {
+        self.spread.as_ref().map_or_else(
+            || u64::from(self.reader.request_bytes()),
+            |spread| spread.request_bytes,
+        )
+    }
+}
+
+#[cfg(test)]
+#[path = "mirror_tests.rs"]
+mod tests;

@@ -1,0 +1,227 @@
+//! Tests of mirrors: what is no copy is refused, both copies serve, a copy that fails is dropped and no byte is wrong.
+
+use super::*;
+use crate::io::AlignedMemory;
+use crate::units::MIB;
+
+const LEN_BYTES: u64 = 24 * MIB + 777;
+const REQUEST_BYTES: u64 = 256 << 10;
+
+/// A directory each for the model and its copies, all with the same file.
+fn copies(count: usize) -> (tempfile::TempDir, Vec<PathBuf>) {
+    let root = tempfile::tempdir().unwrap();
+    let mut state = 7u64;
+    let bytes: Vec<u8> = (0..LEN_BYTES)
+        .map(|_| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            (state >> 56) as u8
+        })
+        .collect();
+    let directories = (0..count).map(|copy| {
+        let directory = root.path().join(format!("copy{copy}"));
+        std::fs::create_dir(&directory).unwrap();
+        std::fs::write(directory.join("m.gguf"), &bytes).unwrap();
+        directory
+    });
+    let directories = directories.collect();
+    (root, directories)
+}
+
+fn opened(directories: &[PathBuf]) -> Result<Vec<ShardFile>> {
+    let first = ShardFile::open(&directories[0].join("m.gguf"))?;
+    open(vec![first], &directories[1..])
+}
+
+fn mirrored(files: Vec<ShardFile>, kind: ReaderKind) -> (Mirrored, Arc<Copies>) {
+    let copies = Arc::new(Copies::new(&files, 1));
+    let options = ReaderOptions {
+        kind,
+        request_bytes: REQUEST_BYTES as u32,
+        depth: 4,
+        retries: 0,
+        ..ReaderOptions::default()
+    };
+    let reader = Mirrored::new(files.into(), Arc::clone(&copies), &options).unwrap();
+    (reader, copies)
+}
+
+/// Reads the whole file through the reader.
+fn read_all(reader: &mut Mirrored, between: &mut dyn FnMut(u64)) -> Result<Vec<u8>> {
+    let memory = AlignedMemory::new(LEN_BYTES.next_multiple_of(REQUEST_BYTES), PAGE_4K)?;
+    let count = LEN_BYTES.div_ceil(REQUEST_BYTES);
+    let (mut next, mut done) = (0, 0);
+    let mut out = Vec::new();
+    let mut failure = Ok(());
+    while done < next || (next < count && failure.is_ok()) {
+        while next < count && reader.free() > 0 && failure.is_ok() {
+            let request = Request {
+                key: next,
+                shard_index: 0,
+                offset_bytes: next * REQUEST_BYTES,
+                len_bytes: REQUEST_BYTES,
+                // SAFETY: below the length, rounded up to whole requests.
+                target: unsafe { memory.as_ptr().add((next * REQUEST_BYTES) as usize) },
+            };
+            // SAFETY: every request has a place of its own, and the memory outlives the loop, which waits for all.
+            unsafe { reader.submit(request)? };
+            next += 1;
+        }
+        reader.wait(None, &mut out)?;
+        for completion in out.drain(..) {
+            done += 1;
+            between(done);
+            if completion.result.is_err() {
+                failure = completion.result;
+            }
+        }
+    }
+    failure.map(|()| memory.bytes()[..LEN_BYTES as usize].to_vec())
+}
+
+#[test]
+fn both_copies_serve_and_every_byte_is_right() {
+    for kind in [ReaderKind::Auto, ReaderKind::Pread] {
+        let (_root, directories) = copies(2);
+        let expected = std::fs::read(directories[0].join("m.gguf")).unwrap();
+        let (mut reader, copies) = mirrored(opened(&directories).unwrap(), kind);
+        for _ in 0..3 {
+            assert!(read_all(&mut reader, &mut |_| {}).unwrap() == expected);
+        }
+        let stats = copies.stats();
+        assert!(
+            stats
+                .iter()
+                .all(|copy| copy.bytes_read > 0 && !copy.is_dropped),
+            "{stats:?}"
+        );
+        let sum: u64 = stats.iter().map(|copy| copy.bytes_read).sum();
+        assert_eq!(sum, 3 * LEN_BYTES);
+        assert_eq!(reader.counters().bytes, 3 * LEN_BYTES);
+        assert!(reader.drain(Duration::from_secs(5)).is_empty());
+    }
+}
+
+#[test]
+fn a_copy_that_fails_is_dropped_and_the_others_go_on() {
+    let (_root, directories) = copies(3);
+    let expected = std::fs::read(directories[0].join("m.gguf")).unwrap();
+    for broken in [0, 2] {
+        std::fs::write(directories[broken].join("m.gguf"), &expected).unwrap();
+        let (mut reader, copies) = mirrored(opened(&directories).unwrap(), ReaderKind::Auto);
+        // Cut while it is in use: its reads end early. Its bytes so far were right.
+        let cut = directories[broken].join("m.gguf");
+        let bytes = read_all(&mut reader, &mut |done| {
+            if done == 4 {
+                let file = std::fs::OpenOptions::new().write(true).open(&cut).unwrap();
+                file.set_len(PAGE_4K).unwrap();
+            }
+        });
+        assert!(bytes.unwrap() == expected);
+        let stats = copies.stats();
+        assert!(stats[broken].is_dropped, "{stats:?}");
+        assert_eq!(stats.iter().filter(|copy| copy.is_dropped).count(), 1);
+        assert!(
+            reader.check_unchanged(0).is_ok(),
+            "what is dropped is looked at no more"
+        );
+        std::fs::write(&cut, &expected).unwrap();
+    }
+}
+
+#[test]
+fn with_no_copy_left_the_failure_is_told() {
+    let (_root, directories) = copies(2);
+    let (mut reader, copies) = mirrored(opened(&directories).unwrap(), ReaderKind::Auto);
+    for directory in &directories {
+        let file = std::fs::OpenOptions::new()
+            .write(true)
+            .open(directory.join("m.gguf"))
+            .unwrap();
+        file.set_len(PAGE_4K).unwrap();
+    }
+    assert!(read_all(&mut reader, &mut |_| {}).is_err());
+    assert!(copies.stats().iter().any(|copy| copy.is_dropped));
+}
+
+#[test]
+fn a_copy_that_changes_is_dropped_and_said() {
+    let (_root, directories) = copies(2);
+    let (mut reader, copies) = mirrored(opened(&directories).unwrap(), ReaderKind::Auto);
+    assert!(reader.check_unchanged(0).is_ok());
+    std::fs::write(directories[1].join("m.gguf"), b"other").unwrap();
+    assert!(reader.check_unchanged(0).is_err());
+    assert!(copies.stats()[1].is_dropped);
+    assert!(reader.check_unchanged(0).is_ok());
+}
+
+#[test]
+fn what_is_no_copy_is_refused() {
+    let (_root, directories) = copies(2);
+    let copy = directories[1].join("m.gguf");
+    let refusal = || opened(&directories).unwrap_err().to_string();
+    let original = std::fs::read(&copy).unwrap();
+    for wrong_byte in [0, 5000, LEN_BYTES as usize - 1] {
+        let mut bytes = original.clone();
+        bytes[wrong_byte] ^= 1;
+        std::fs::write(&copy, &bytes).unwrap();
+        let text = refusal();
+        assert!(text.contains(&format!("at offset {wrong_byte}")), "{text}");
+    }
+    std::fs::write(&copy, &original[1..]).unwrap();
+    assert!(refusal().contains("bytes, but"));
+    std::fs::remove_file(&copy).unwrap();
+    assert_eq!(
+        opened(&directories).unwrap_err().kind(),
+        ErrorKind::NotFound
+    );
+    std::fs::hard_link(directories[0].join("m.gguf"), &copy).unwrap();
+    assert!(refusal().contains("same file"));
+}
+
+#[test]
+fn requests_follow_the_rates() {
+    let (_root, directories) = copies(2);
+    let (mut reader, _copies) = mirrored(opened(&directories).unwrap(), ReaderKind::Auto);
+    let spread = reader.spread.as_mut().unwrap();
+    spread.depth = 8;
+    // Nothing is known: all are equal.
+    assert_eq!((spread.allowed(0), spread.allowed(1)), (8, 8));
+    spread.lanes[0].rate = 2e9;
+    spread.lanes[1].rate = 0.5e9;
+    assert_eq!((spread.allowed(0), spread.allowed(1)), (8, 2));
+    let now = Instant::now();
+    let mut served = [0, 0];
+    while let Some(lane) = spread.choose(REQUEST_BYTES, false) {
+        spread.lanes[lane].begin(REQUEST_BYTES, now);
+        served[lane] += 1;
+    }
+    assert_eq!(served, [8, 2]);
+    assert_eq!(spread.free(), 0);
+    // A crawling drive still has one request, so that it is noticed when it gets faster.
+    spread.lanes[1].rate = 1e3;
+    assert_eq!(spread.allowed(1), 1);
+    spread.lanes[1].is_dropped = true;
+    assert_eq!((spread.allowed(1), spread.live_count()), (0, 1));
+}
+
+#[test]
+fn a_rate_is_what_was_done_while_there_was_something_to_do() {
+    let mut lane = Lane::default();
+    let begin = Instant::now();
+    for _ in 0..RATE_REQUESTS {
+        lane.begin(1 << 20, begin);
+    }
+    for _ in 0..RATE_REQUESTS {
+        lane.end(1 << 20, begin + Duration::from_millis(4));
+    }
+    let expected = f64::from(RATE_REQUESTS) * f64::from(1 << 20) / 0.004;
+    assert!((lane.rate / expected - 1.0).abs() < 1e-6, "{}", lane.rate);
+    // Idle time is not slowness: it starts anew.
+    assert!(lane.busy_since.is_none());
+    let later = begin + Duration::from_secs(60);
+    lane.begin(1 << 20, later);
+    lane.end(1 << 20, later + Duration::from_millis(1));
+    assert!((lane.rate / expected - 1.0).abs() < 1e-6, "{}", lane.rate);
+}
