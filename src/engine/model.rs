@@ -4,6 +4,7 @@
 //! the host's own memory is known; with it the pool is allocated and the stream starts. From then on a host acquires
 //! a layer, computes with the weights at their constant addresses, and releases it.
 
+use super::latency::{Histogram, Latency};
 use super::layout::{Layout, Spans};
 use super::leases::thread_id;
 use super::open::read_catalog;
@@ -286,6 +287,7 @@ impl Model {
             stalls: 0,
             stall_ns: 0,
             read_ns: 0,
+            load_latency: Latency::default(),
             mispredicts: 0,
             resident_bytes: 0,
             page_bytes: self.page_bytes,
@@ -419,6 +421,7 @@ impl Model {
             changed: Condvar::new(),
             pool: Mutex::new(pool),
             counters: Mutex::new(Counters::default()),
+            load_latency: Histogram::default(),
             stop: AtomicBool::new(false),
             trace: self.trace.get().cloned(),
         });
@@ -513,6 +516,7 @@ impl Running {
         stats.reads = counters.reads;
         stats.retries = counters.retries;
         stats.read_ns = counters.busy_ns;
+        stats.load_latency = self.core.load_latency.summary();
         stats.resident_bytes = self.plan.resident_bytes;
         if let Some(reason) = &self.started.fallback {
             stats.fallbacks.push(Fallback {

@@ -9,6 +9,7 @@
 #![allow(unsafe_code)]
 
 use super::board::Board;
+use super::latency::Histogram;
 use super::layout::Layout;
 use super::share::Member;
 use super::state::{Job, Outcome, State};
@@ -22,7 +23,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long a model's close waits for reads that the kernel still has. After that their memory is leaked on purpose.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -38,6 +39,8 @@ pub struct Core {
     pub pool: Mutex<Pool>,
     /// Counters of the reader, as of its last wait.
     pub counters: Mutex<Counters>,
+    /// How long transient runs took to read.
+    pub load_latency: Histogram,
     /// Set to end the stream.
     pub stop: AtomicBool,
     /// Where events go, when somebody wants them.
@@ -111,6 +114,7 @@ pub fn run(
         reader,
         queue: VecDeque::with_capacity(1024),
         completions: Vec::with_capacity(256),
+        begun: vec![Instant::now(); layout.fetches.len()],
     };
     stream.work();
     stream.finish();
@@ -132,6 +136,8 @@ struct Stream<'a> {
     reader: Reader,
     queue: VecDeque<Queued>,
     completions: Vec<Completion>,
+    /// When each fetch was begun last.
+    begun: Vec<Instant>,
 }
 
 impl Stream<'_> {
@@ -184,6 +190,7 @@ impl Stream<'_> {
     /// Aims the slot and queues the requests of a fetch.
     fn begin(&mut self, job: Job) -> Result<()> {
         let fetch = &self.layout.fetches[job.fetch as usize];
+        self.begun[job.fetch as usize] = Instant::now();
         self.files[fetch.run.shard_index as usize].check_unchanged()?;
         let target = {
             let mut pool = self.core.pool();
@@ -334,7 +341,14 @@ impl Stream<'_> {
         });
         let mut state = self.core.state();
         match published {
-            Ok(()) => state.published(fetch),
+            Ok(()) => {
+                if slot.is_some() {
+                    self.core
+                        .load_latency
+                        .record(self.begun[fetch as usize].elapsed());
+                }
+                state.published(fetch);
+            }
             Err(error) => state.failed_to_start(fetch, &error),
         }
     }

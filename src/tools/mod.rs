@@ -7,5 +7,6 @@ pub mod gguf_write;
 pub mod kv_bench;
 pub mod probe;
 pub mod raw;
+pub mod suite;
 pub mod svg;
 pub mod synth;
