@@ -53,7 +53,7 @@ fn main() -> ExitCode {
         Command::Run(args) => cli::run::command(args),
         Command::Inspect(args) => cli::inspect::command(args).map(|()| ExitCode::SUCCESS),
         Command::Plan(args) => cli::plan::command(args).map(|()| ExitCode::SUCCESS),
-        Command::Bench(args) => cli::bench::command(args).map(|()| ExitCode::SUCCESS),
+        Command::Bench(args) => cli::bench::command(args),
         Command::Probe(args) => cli::probe::command(args),
         Command::Doctor(args) => cli::doctor::command(args),
         Command::Kv(args) => cli::kv::command(args).map(|()| ExitCode::SUCCESS),

@@ -2,16 +2,16 @@
 //! measurement of the drive.
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args as ClapArgs, Subcommand};
 
-use super::bench_raw;
 use super::table::Table;
 use super::trace::{self, TraceFile};
-use super::values;
-use crate::engine::{BudgetSpec, OpenOptions};
+use super::{bench_raw, bench_suite, values};
+use crate::engine::{BudgetSpec, Latency, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::mirror::CopyStats;
 use crate::io::{ReaderKind, ReaderOptions};
@@ -38,6 +38,8 @@ enum What {
     /// Hold what `flea plan` predicts against what `flea run` then does
     #[cfg(feature = "run")]
     Predict(super::bench_predict::PredictArgs),
+    /// Measure everything beside fio and the peers, and write it down
+    Suite(bench_suite::SuiteArgs),
 }
 
 const EXAMPLES: &str = "\
@@ -161,12 +163,13 @@ impl StreamArgs {
 ///
 /// # Errors
 /// Those of opening and streaming the model, or of reading the drive.
-pub fn command(args: &Args) -> Result<()> {
+pub fn command(args: &Args) -> Result<ExitCode> {
     match &args.what {
-        What::Stream(args) => stream(args),
-        What::Raw(args) => bench_raw::command(args),
+        What::Stream(args) => stream(args).map(|()| ExitCode::SUCCESS),
+        What::Raw(args) => bench_raw::command(args).map(|()| ExitCode::SUCCESS),
+        What::Suite(args) => bench_suite::command(args),
         #[cfg(feature = "run")]
-        What::Predict(args) => super::bench_predict::command(args),
+        What::Predict(args) => super::bench_predict::command(args).map(|()| ExitCode::SUCCESS),
     }
 }
 
@@ -222,6 +225,8 @@ fn json(
         "cpu_seconds_per_gb": outcome.cpu_seconds_per_gb(),
         "bytes_read": outcome.bytes_read,
         "kernel_read_bytes": outcome.kernel_read_bytes,
+        "read_seconds": outcome.read_seconds,
+        "layer_load_ms": load_json(&stats.load_latency),
         "seconds": outcome.seconds,
         "cpu_seconds": outcome.cpu_seconds,
         "passes": passes,
@@ -258,6 +263,22 @@ pub(super) fn mirror_json(copy: &CopyStats) -> serde_json::Value {
         "directory": copy.directory.to_string_lossy(),
         "bytes_read": copy.bytes_read,
         "dropped": copy.is_dropped,
+    })
+}
+
+/// Milliseconds from aiming a slot to the last byte of its layer; null where nothing was counted.
+fn load_json(latency: &Latency) -> serde_json::Value {
+    if latency.count == 0 {
+        return serde_json::Value::Null;
+    }
+    let milliseconds = |ns: u64| ns as f64 / 1e6;
+    serde_json::json!({
+        "count": latency.count,
+        "mean": milliseconds(latency.mean_ns),
+        "p50": milliseconds(latency.p50_ns),
+        "p95": milliseconds(latency.p95_ns),
+        "p99": milliseconds(latency.p99_ns),
+        "max": milliseconds(latency.max_ns),
     })
 }
 

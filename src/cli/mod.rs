@@ -8,6 +8,7 @@ pub mod bench;
 #[cfg(feature = "run")]
 pub mod bench_predict;
 pub mod bench_raw;
+pub mod bench_suite;
 pub mod ctl;
 pub mod doctor;
 pub mod flead;

@@ -63,6 +63,7 @@ impl Running {
         stats.reads = counters.reads;
         stats.retries = counters.retries;
         stats.read_ns = counters.busy_ns;
+        stats.load_latency = self.core.load_latency.summary();
         stats.resident_bytes = self.plan.resident_bytes;
         if let Some(reason) = &self.started.fallback {
             stats.fallbacks.push(Fallback {

@@ -1,12 +1,13 @@
 //! The engine: ties plan, pool and reader together. `file -> catalog -> plan -> reader -> pool -> **lease** -> host`.
 //!
 //! * [`open`]: path to catalog. * [`options`]: how to open it. * [`model`]: what a host holds. * `layout`: what there is to fetch.
-//! * `order`: what comes next. * [`trace`]: what happened when. * `reading`: how it is read. * `state`: who holds what.
+//! * `order`: what comes next. * [`trace`]: what happened when. * `latency`: how long loads took. * `reading`: how it is read. * `state`: who holds what.
 //! * `pick`: what to read next. * [`board`]: leases of other processes. * `wait`: how a host sleeps for it. * `stream`: the
 //!   one thread that moves bytes.
 
 pub mod board;
 mod counting;
+mod latency;
 mod layout;
 pub mod leases;
 pub mod model;
@@ -25,6 +26,7 @@ pub mod trace;
 mod wait;
 
 pub use board::Board;
+pub use latency::Latency;
 pub use layout::Spans;
 pub use leases::LEASES_MAX;
 pub use model::Model;

@@ -4,6 +4,7 @@
 //! the host's own memory is known; with it the pool is allocated and the stream starts. From then on a host acquires
 //! a layer, computes with the weights at their constant addresses, and releases it.
 
+use super::latency::Histogram;
 use super::layout::{Layout, Spans};
 use super::leases::thread_id;
 use super::open::read_catalog;
@@ -375,6 +376,7 @@ impl Model {
             pool: Mutex::new(pool),
             counters: Mutex::new(Counters::default()),
             copies: Arc::clone(&self.copies),
+            load_latency: Histogram::default(),
             stop: AtomicBool::new(false),
             trace: self.trace.get().cloned(),
         });

@@ -1,5 +1,6 @@
 //! What a model tells about itself: the arithmetic of its budget, and counters.
 
+use super::latency::Latency;
 use crate::io::ReaderKind;
 use crate::io::mirror::CopyStats;
 use crate::mem::{self, Backing};
@@ -130,6 +131,8 @@ pub struct Stats {
     pub slots: SlotCounts,
     /// Time with at least one request in flight.
     pub read_ns: u64,
+    /// How long transient runs took, from aiming their slot to their last byte.
+    pub load_latency: Latency,
     /// Acquires that the learned order had not foreseen.
     pub mispredicts: u64,
     /// Bytes of resident pages in the plan.

@@ -9,6 +9,7 @@
 #![allow(unsafe_code)]
 
 use super::board::Board;
+use super::latency::Histogram;
 use super::layout::Layout;
 use super::share::Member;
 use super::state::{Job, Outcome, State};
@@ -21,7 +22,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long a model's close waits for reads that the kernel still has. After that their memory is leaked on purpose.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -39,6 +40,8 @@ pub struct Core {
     pub counters: Mutex<Counters>,
     /// What each copy of the model has served.
     pub copies: Arc<Copies>,
+    /// How long transient runs took to read.
+    pub load_latency: Histogram,
     /// Set to end the stream.
     pub stop: AtomicBool,
     /// Where events go, when somebody wants them.
@@ -112,6 +115,7 @@ pub fn run(
         reader,
         queue: VecDeque::with_capacity(1024),
         completions: Vec::with_capacity(256),
+        begun: vec![Instant::now(); layout.fetches.len()],
     };
     stream.work();
     stream.finish();
@@ -133,6 +137,8 @@ struct Stream<'a> {
     reader: Mirrored,
     queue: VecDeque<Queued>,
     completions: Vec<Completion>,
+    /// When each fetch was begun last.
+    begun: Vec<Instant>,
 }
 
 impl Stream<'_> {
@@ -185,6 +191,7 @@ impl Stream<'_> {
     /// Aims the slot and queues the requests of a fetch.
     fn begin(&mut self, job: Job) -> Result<()> {
         let fetch = &self.layout.fetches[job.fetch as usize];
+        self.begun[job.fetch as usize] = Instant::now();
         self.reader.check_unchanged(fetch.run.shard_index)?;
         let target = {
             let mut pool = self.core.pool();
@@ -335,7 +342,14 @@ impl Stream<'_> {
         });
         let mut state = self.core.state();
         match published {
-            Ok(()) => state.published(fetch),
+            Ok(()) => {
+                if slot.is_some() {
+                    self.core
+                        .load_latency
+                        .record(self.begun[fetch as usize].elapsed());
+                }
+                state.published(fetch);
+            }
             Err(error) => state.failed_to_start(fetch, &error),
         }
     }

@@ -9,6 +9,7 @@
 #![allow(unsafe_code)]
 
 pub mod bulk;
+pub mod cached;
 pub mod direct;
 pub mod fault;
 mod filesystem;

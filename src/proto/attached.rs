@@ -18,7 +18,7 @@ use super::snapshot::ModelState;
 use super::{Control, Socket};
 use crate::engine::board::{self, place};
 use crate::engine::leases::{Leases, thread_id};
-use crate::engine::{BudgetReport, Spans, Stats};
+use crate::engine::{BudgetReport, Latency, Spans, Stats};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::ReaderKind;
 use crate::mem::{Backing, SharedWords, Windows};
@@ -263,6 +263,8 @@ impl Attached {
             stalls: self.stalls.load(Ordering::Relaxed),
             stall_ns: self.stall_ns.load(Ordering::Relaxed),
             read_ns: since(now.read_ns_total, before.read_ns_total),
+            // The daemon does not tell how long each load took.
+            load_latency: Latency::default(),
             mispredicts: since(now.mispredicts_total, before.mispredicts_total),
             resident_bytes: now.resident_bytes,
             page_bytes: now.page_bytes,

@@ -47,6 +47,8 @@ pub struct Outcome {
     /// What the kernel says this process fetched from drives meanwhile (`read_bytes` of /proc/self/io): the check on
     /// `bytes_read` for O_DIRECT. `None` where the kernel does not count.
     pub kernel_read_bytes: Option<u64>,
+    /// Time meanwhile with at least one request in flight.
+    pub read_seconds: f64,
     /// The model's counters at the end.
     pub stats: Stats,
     /// The most memory the process held.
@@ -76,7 +78,7 @@ impl Outcome {
 /// What an acquire gives; `Canceled` when `stop` is raised.
 pub fn measure(model: &Opened, passes_count: u32, stop: &AtomicBool) -> Result<Outcome> {
     let cpu_before = cpu_seconds()?;
-    let bytes_before = model.stats().bytes_read;
+    let before = model.stats();
     let kernel_before = kernel_read_bytes();
     let began = Instant::now();
     let mut passes = Vec::with_capacity(passes_count as usize);
@@ -90,7 +92,8 @@ pub fn measure(model: &Opened, passes_count: u32, stop: &AtomicBool) -> Result<O
         passes,
         seconds,
         cpu_seconds,
-        bytes_read: stats.bytes_read - bytes_before,
+        bytes_read: stats.bytes_read - before.bytes_read,
+        read_seconds: (stats.read_ns - before.read_ns) as f64 / 1e9,
         kernel_read_bytes: kernel_read_bytes()
             .zip(kernel_before)
             .map(|(now, before)| now - before),

@@ -8,5 +8,6 @@ pub mod kv_bench;
 pub mod pack;
 pub mod probe;
 pub mod raw;
+pub mod suite;
 pub mod svg;
 pub mod synth;

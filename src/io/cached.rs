@@ -1,0 +1,112 @@
+//! What the page cache holds of a file, and how to empty it: a measurement of the drive has to begin cold and to know it.
+//!
+//! Place: beside the reader; only measurements and tests use it.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::{GIB, PAGE_4K};
+
+/// Mapped at once: one byte of answer for each page of it.
+const SPAN_BYTES: u64 = GIB;
+
+/// How many bytes of the file the page cache holds, as mincore says.
+///
+/// # Errors
+/// The file cannot be opened, mapped or asked about.
+pub fn cached_bytes(path: &Path) -> Result<u64> {
+    let failed = |what: &str| Error::last_os(format_args!("{what} {}", path.display()));
+    let file = open(path)?;
+    let len_bytes = file
+        .metadata()
+        .map_err(|error| Error::from_io(&error, format_args!("look at {}", path.display())))?
+        .len();
+    let mut cached_count = 0_u64;
+    let mut offset_bytes = 0;
+    while offset_bytes < len_bytes {
+        let span_bytes = (len_bytes - offset_bytes).min(SPAN_BYTES) as usize;
+        let mut pages = vec![0_u8; span_bytes.div_ceil(PAGE_4K as usize)];
+        // SAFETY: a fresh mapping of the open file without access, asked about and unmapped here; mincore writes one
+        // byte for each page of it, and there are as many.
+        unsafe {
+            let map = libc::mmap(
+                std::ptr::null_mut(),
+                span_bytes,
+                libc::PROT_NONE,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                offset_bytes as libc::off_t,
+            );
+            if map == libc::MAP_FAILED {
+                return Err(failed("map"));
+            }
+            let asked = libc::mincore(map, span_bytes, pages.as_mut_ptr());
+            let error = failed("mincore on");
+            libc::munmap(map, span_bytes);
+            if asked != 0 {
+                return Err(error);
+            }
+        }
+        cached_count += pages.iter().map(|page| u64::from(page & 1)).sum::<u64>();
+        offset_bytes += span_bytes as u64;
+    }
+    Ok(cached_count * PAGE_4K)
+}
+
+/// Drops the file from the page cache and proves it.
+///
+/// # Errors
+/// `Busy` when part of it stays (somebody maps it, or it is not on a disk); those of [`cached_bytes`].
+pub fn make_cold(path: &Path) -> Result<()> {
+    let file = open(path)?;
+    // Pages that are not written back yet would stay.
+    file.sync_all()
+        .map_err(|error| Error::from_io(&error, format_args!("sync {}", path.display())))?;
+    posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).map_err(|errno| {
+        Error::os(
+            errno as i32,
+            format_args!("drop {} from the page cache", path.display()),
+        )
+    })?;
+    match cached_bytes(path)? {
+        0 => Ok(()),
+        bytes => Err(Error::new(
+            ErrorKind::Busy,
+            format!(
+                "{}: {bytes} bytes stay in the page cache, so nothing measured on it is cold; is another program using it?",
+                path.display()
+            ),
+        )),
+    }
+}
+
+fn open(path: &Path) -> Result<File> {
+    File::open(path)
+        .map_err(|error| Error::from_io(&error, format_args!("open {}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_was_read_is_warm_until_it_is_made_cold() {
+        let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let path = directory.path().join("weights");
+        std::fs::write(&path, vec![3; (1 << 20) + 5]).unwrap();
+        std::fs::read(&path).unwrap();
+        assert_eq!(cached_bytes(&path).unwrap(), (1 << 20) + PAGE_4K);
+        make_cold(&path).unwrap();
+        assert_eq!(cached_bytes(&path).unwrap(), 0);
+        assert_eq!(
+            cached_bytes(&directory.path().join("missing"))
+                .unwrap_err()
+                .kind(),
+            ErrorKind::NotFound
+        );
+    }
+}

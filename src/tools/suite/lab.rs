@@ -1,0 +1,262 @@
+//! The rounds: every variant once a round, one behind the other, with fio before and after.
+//!
+//! Invariants: variants are interleaved, so that a drive that changes its speed changes it for all of them; a round
+//! within which the drive's own line moved by more than [`SPREAD_MAX`] is thrown away and measured again (as often as
+//! there are rounds, and the report says how often); what was measured before an interruption stays.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use super::child::{self, Finished};
+use super::fio::{Chosen, Fio, Line};
+use super::report::{Book, CaseReport};
+use super::settings::Locks;
+use super::stat::{SPREAD_MAX, Series};
+use crate::error::{Error, ErrorKind, Result};
+
+/// More than any run of flea takes here.
+const FLEA_LIMIT: Duration = Duration::from_secs(900);
+
+/// How the suite measures.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The flea that is measured.
+    pub flea: PathBuf,
+    /// Rounds of every case.
+    pub rounds: u32,
+    /// Seconds of one fio line.
+    pub fio_seconds: f64,
+    /// Locked during each round.
+    pub locks: Vec<PathBuf>,
+    /// Where stock llama.cpp's programs are.
+    pub llama_cpp: Option<PathBuf>,
+    /// A Python that has the loaders.
+    pub python: Option<PathBuf>,
+    /// Computing threads, for everybody.
+    pub threads_count: u32,
+    /// What to call the flea that is measured.
+    pub version: String,
+}
+
+/// What every case has at hand.
+pub struct Lab<'a> {
+    /// How to measure.
+    pub options: &'a Options,
+    /// Raised to end it.
+    pub stop: &'a AtomicBool,
+    /// The drive's own lines.
+    pub fio: Fio,
+    /// Which of them.
+    pub shapes: Chosen,
+    /// Tells a person what goes on.
+    pub say: &'a dyn Fn(&str),
+}
+
+impl std::fmt::Debug for Lab<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Lab")
+            .field("options", self.options)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The drive's lines around a round.
+#[derive(Debug, Clone, Copy)]
+pub struct RoundLine {
+    /// The best of all shapes.
+    pub best: Line,
+    /// The best with a large footprint.
+    pub large: Line,
+}
+
+/// What came of one variant in one round.
+#[derive(Debug, Clone)]
+pub struct Run {
+    /// Which variant.
+    pub label: String,
+    /// Its figures by name.
+    pub figures: BTreeMap<&'static str, f64>,
+    /// Why there are none.
+    pub missing: Option<String>,
+    /// Because it was killed for memory: a result as well.
+    pub died: bool,
+}
+
+impl Run {
+    /// A variant's figures, or the reason why it has none.
+    ///
+    /// # Errors
+    /// `Canceled` only: that ends the round.
+    pub fn of(
+        label: impl Into<String>,
+        result: Result<BTreeMap<&'static str, f64>>,
+    ) -> Result<Self> {
+        let died = result
+            .as_ref()
+            .is_err_and(|error| error.kind() == ErrorKind::NoMemory);
+        let (figures, missing) = match result {
+            Ok(figures) => (figures, None),
+            Err(error) if error.kind() == ErrorKind::Canceled => return Err(error),
+            Err(error) => (BTreeMap::new(), Some(error.context().to_owned())),
+        };
+        Ok(Self {
+            label: label.into(),
+            figures,
+            missing,
+            died,
+        })
+    }
+
+    /// A figure that the variant has.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<f64> {
+        self.figures.get(name).copied()
+    }
+}
+
+/// Finds a variant of the round.
+#[must_use]
+pub fn find<'a>(runs: &'a [Run], label: &str) -> Option<&'a Run> {
+    runs.iter().find(|run| run.label == label)
+}
+
+/// One thing to find out.
+pub trait Case {
+    /// An empty report: name, title, what it is about.
+    fn report(&self) -> CaseReport;
+    /// Measures every variant once.
+    ///
+    /// # Errors
+    /// Only what makes all further rounds pointless; one variant's failure is a [`Run`] without figures.
+    fn round(&mut self, lab: &mut Lab<'_>) -> Result<Vec<Run>>;
+    /// Turns a round into samples.
+    fn judge(&self, runs: &[Run], line: &RoundLine, book: &mut Book);
+}
+
+impl Lab<'_> {
+    /// Measures a case. The second value is what ended it early.
+    pub fn measure(&mut self, case: &mut dyn Case) -> (CaseReport, Option<Error>) {
+        let mut report = case.report();
+        report.shapes = Some(self.shapes);
+        report.version.clone_from(&self.options.version);
+        while report.rounds < self.options.rounds {
+            if let Err(error) = self.round(case, &mut report) {
+                report.interrupted = true;
+                return (report, Some(error));
+            }
+        }
+        (report, None)
+    }
+
+    fn round(&mut self, case: &mut dyn Case, report: &mut CaseReport) -> Result<()> {
+        let number = report.rounds + 1;
+        (self.say)(&format!(
+            "{}: round {number} of {}",
+            report.name, self.options.rounds
+        ));
+        let _alone = Locks::take(&self.options.locks, self.stop)?;
+        let before = self.lines()?;
+        let runs = case.round(self)?;
+        let after = self.lines()?;
+        let moved = Series {
+            samples: vec![before.large.gb_per_second, after.large.gb_per_second],
+        };
+        let unsteady = moved.spread().is_some_and(|spread| spread > SPREAD_MAX);
+        if unsteady && report.repeated_rounds < self.options.rounds {
+            (self.say)("the drive changed its speed within this round: measuring it again");
+            report.repeated_rounds += 1;
+            return Ok(());
+        }
+        for line in [before, after] {
+            report.fio_best.add(line.best.gb_per_second);
+            report.fio_large.add(line.large.gb_per_second);
+        }
+        for run in &runs {
+            report.rows.begin(&run.label);
+            if let Some(reason) = &run.missing {
+                report.rows.miss(&run.label, reason, run.died);
+            }
+        }
+        case.judge(&runs, &mean(before, after), &mut report.rows);
+        report.rounds = number;
+        Ok(())
+    }
+
+    fn lines(&mut self) -> Result<RoundLine> {
+        let large = self.fio.line(self.shapes.large, self.stop)?;
+        let best = if self.shapes.best == self.shapes.large {
+            large
+        } else {
+            self.fio.line(self.shapes.best, self.stop)?
+        };
+        Ok(RoundLine { best, large })
+    }
+
+    /// Runs a program to its end.
+    ///
+    /// # Errors
+    /// See [`child::run`].
+    pub fn run(&self, command: &mut Command, limit: Duration) -> Result<Finished> {
+        child::run(command, limit, self.stop)
+    }
+
+    /// flea itself, with nothing of `FLEA_*` handed down.
+    #[must_use]
+    pub fn flea(&self) -> Command {
+        let mut command = Command::new(&self.options.flea);
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("FLEA_") {
+                command.env_remove(name);
+            }
+        }
+        command
+    }
+
+    /// Runs flea with `--json` and gives its answer.
+    ///
+    /// # Errors
+    /// What flea itself said was wrong; `Io` when it died or answered nonsense.
+    pub fn flea_json(&self, command: &mut Command) -> Result<(serde_json::Value, Finished)> {
+        let done = self.run(command.arg("--json"), FLEA_LIMIT)?;
+        let answer: Option<serde_json::Value> = serde_json::from_str(done.stdout.trim()).ok();
+        match answer {
+            Some(answer) if done.status.success() => Ok((answer, done)),
+            Some(answer) if answer["error"]["message"].is_string() => {
+                let message = answer["error"]["message"].as_str().unwrap_or_default();
+                Err(Error::new(ErrorKind::Io, message))
+            }
+            _ if done.was_killed() => Err(Error::new(ErrorKind::NoMemory, "killed: out of memory")),
+            _ => Err(Error::new(
+                ErrorKind::Io,
+                format!("flea: {}", done.last_words()),
+            )),
+        }
+    }
+}
+
+/// A number of flea's answer.
+///
+/// # Errors
+/// `Internal` when it is not there: this flea and the one that is measured differ.
+pub fn number(answer: &serde_json::Value, key: &str) -> Result<f64> {
+    answer[key].as_f64().ok_or_else(|| {
+        Error::new(
+            ErrorKind::Internal,
+            format!("flea's answer has no number '{key}'"),
+        )
+    })
+}
+
+fn mean(before: RoundLine, after: RoundLine) -> RoundLine {
+    let middle = |a: Line, b: Line| Line {
+        gb_per_second: f64::midpoint(a.gb_per_second, b.gb_per_second),
+        cpu_seconds_per_gb: f64::midpoint(a.cpu_seconds_per_gb, b.cpu_seconds_per_gb),
+    };
+    RoundLine {
+        best: middle(before.best, after.best),
+        large: middle(before.large, after.large),
+    }
+}
