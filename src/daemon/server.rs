@@ -95,7 +95,7 @@ impl Server {
     /// call it before any thread is started.
     ///
     /// # Errors
-    /// What the kernel says; what [`Shelf::new`] says about the budget.
+    /// What the kernel says; what the shelf of models says about the budget.
     pub fn new(settings: Settings, listener: Listener) -> Result<Self> {
         let mut mask = SigSet::empty();
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {

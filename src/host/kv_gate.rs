@@ -303,7 +303,7 @@ fn code_part(
     options: &GateOptions,
     sums: &mut Sums,
 ) -> Result<()> {
-    if heads == 0 || part.row % heads != 0 {
+    if heads == 0 || !part.row.is_multiple_of(heads) {
         return Err(Error::new(
             ErrorKind::Unsupported,
             format!("{} values are no {heads} heads", part.row),
