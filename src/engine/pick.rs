@@ -283,7 +283,10 @@ impl State {
                         self.fetches[fetch as usize].phase,
                         &self.layers[holder as usize],
                     );
-                    let due = self.foresight.distance(holder).saturating_add(1);
+                    let due = match self.is_expected(holder) {
+                        true => 1, // Only a layer that somebody asks for now comes before it.
+                        false => self.foresight.distance(holder).saturating_add(1),
+                    };
                     if phase == Phase::Loading || state.leases > 0 {
                         continue;
                     }

@@ -43,6 +43,8 @@ pub(super) struct LayerState {
     pub(super) leases: u32,
     pub(super) waiters: u32,
     pub(super) demanded: bool,
+    /// A host tried to get it and will come back for it: how many leases there had been then.
+    pub(super) tried_at: Option<u64>,
     /// Since when a client of the daemon waits for it.
     pub(super) wanted_since: Option<Instant>,
     pub(super) error: Option<Error>,
@@ -249,6 +251,7 @@ impl State {
         self.layers[layer as usize].leases += 1;
         if new {
             self.acquires += 1;
+            self.layers[layer as usize].tried_at = None;
             self.order.note(layer);
         }
         Ok(new)
@@ -305,6 +308,21 @@ impl State {
             state.demanded = true;
             self.demands.push_back(layer);
         }
+    }
+
+    /// Notes that a host wants `layer` and does not wait: once there, it stays until the host has come back for it or has
+    /// gone on to other layers. Without that the next prefetch would take its slot, and the host would try for ever.
+    pub fn tried(&mut self, layer: u32) {
+        self.layers[layer as usize].tried_at = Some(self.acquires);
+        self.demand(layer, false);
+    }
+
+    /// True while the host that tried to get `layer` may still come back for it.
+    pub(super) fn is_expected(&self, layer: u32) -> bool {
+        let passed = |at: u64| self.acquires - at;
+        self.layers[layer as usize]
+            .tried_at
+            .is_some_and(|at| passed(at) < u64::from(self.layout.slots_count))
     }
 
     /// A waiter of `layer` has its lease, or has given up.

@@ -116,6 +116,33 @@ fn a_leased_layer_keeps_its_slot() {
 }
 
 #[test]
+fn a_layer_that_was_tried_stays_until_the_host_comes_back_or_goes_on() {
+    for comes_back in [true, false] {
+        let mut state = State::new(layout(8, 3, 1, false), None);
+        read_all(&mut state, 1);
+        state.tried(6);
+        read_all(&mut state, 1);
+        assert!(state.ready(6, Need::Whole), "prefetch leaves it alone");
+        if comes_back {
+            state.lease(6, 1).unwrap();
+            state.release(6, 1).unwrap();
+        }
+        for layer in 0..6 {
+            state.demand(layer, false);
+            read_all(&mut state, 1);
+            state.lease(layer, 1).unwrap();
+            state.release(layer, 1).unwrap();
+        }
+        let loads = read_all(&mut state, 1);
+        assert!(loads.is_empty() && state.slots.iter().all(|slot| *slot != Slot::Free));
+        assert!(
+            !state.is_expected(6),
+            "a host that went on is waited for no more"
+        );
+    }
+}
+
+#[test]
 fn a_range_is_ready_before_its_layer() {
     let mut state = State::new(layout(2, 2, 4, false), None);
     let mut job = state.pick().unwrap();

@@ -45,7 +45,7 @@ pub fn wait(
     // An error that prefetch left behind is not an answer to this call: it reads again.
     drop(state.take_error(layer));
     if timeout.is_some_and(|timeout| timeout.is_zero()) {
-        state.demand(layer, false);
+        state.tried(layer);
         let wake = std::mem::take(&mut state.hungry);
         drop(state);
         if wake {
