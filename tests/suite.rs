@@ -11,6 +11,10 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// One suite at a time: each sets the number of huge pages and puts it back.
+static ALONE: Mutex<()> = Mutex::new(());
 
 const HUGE_PAGES: &str = "/proc/sys/vm/nr_hugepages";
 
@@ -32,6 +36,10 @@ fn model() -> PathBuf {
     ];
     arguments.extend(shape);
     synth("suite", &arguments)
+}
+
+fn alone() -> MutexGuard<'static, ()> {
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn suite(cases: &str, out: &Path) -> Command {
@@ -69,6 +77,7 @@ fn directory() -> tempfile::TempDir {
 
 #[test]
 fn a_case_is_measured_and_written_down() {
+    let _alone = alone();
     if !has_fio() {
         return;
     }
@@ -152,6 +161,7 @@ fn measures(row: &Value) -> Vec<&Value> {
 
 #[test]
 fn without_fio_nothing_is_compared_with_nothing() {
+    let _alone = alone();
     let out = directory();
     let said = output(suite("engine", out.path()).env("PATH", out.path()));
     let answer: Value = serde_json::from_slice(&said.stdout).expect("one JSON object");
@@ -166,6 +176,7 @@ fn without_fio_nothing_is_compared_with_nothing() {
 
 #[test]
 fn peers_that_are_not_there_are_rows_that_say_so() {
+    let _alone = alone();
     if !has_fio() {
         return;
     }
@@ -198,6 +209,7 @@ fn peers_that_are_not_there_are_rows_that_say_so() {
 
 #[test]
 fn an_interruption_puts_settings_back() {
+    let _alone = alone();
     if !has_fio() {
         return;
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 const STEPS: u64 = 8;
 const STEPS_LOG2: u32 = STEPS.trailing_zeros();
 /// Up to 2^43 ns, more than two hours.
-const OCTAVES: usize = 40;
+const OCTAVES: usize = 41;
 const BINS: usize = OCTAVES * STEPS as usize;
 
 /// Counts of durations; one thread records, any thread reads.
