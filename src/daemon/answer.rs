@@ -2,7 +2,7 @@
 
 use super::hosted::Hosted;
 use super::server::Server;
-use super::session::Attachment;
+use super::session::{Attachment, Kick};
 use super::worker::{Done, Job};
 use crate::error::{Error, ErrorKind, Result};
 use crate::proto::message::{
@@ -259,13 +259,16 @@ fn attach_to(server: &mut Server, id: u64, model: &Arc<Hosted>) -> Result<(Value
     };
     session.attached = Some(Attachment {
         model: Arc::clone(model),
-        kick,
+        kick: Kick {
+            event: kick,
+            heard_by: Arc::clone(&server.kicks),
+        },
         since: Instant::now(),
         excess_ticks: 0,
         kicks: 0,
         paused: false,
     });
-    let watched = server.hear_kicks(id);
+    let watched = server.listen_for_kicks(id);
     let descriptors = match (watched, page_fd) {
         (Ok(()), Ok(page_fd)) => vec![area, page_fd, kick_too],
         (Err(error), _) | (_, Err(error)) => {

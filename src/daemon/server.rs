@@ -35,7 +35,8 @@ const EXCESS_TICKS: u32 = 10;
 const LISTENER: u64 = 0;
 const WORKER: u64 = 1;
 const SIGNALS: u64 = 2;
-/// Sessions count from here; twice a session's number is its socket, one more its kicks.
+const KICKS: u64 = 3;
+/// Sessions count from here.
 const FIRST_SESSION: u64 = 8;
 
 /// What surrounds the reactor: service manager, memory pressure, the configuration file.
@@ -84,6 +85,8 @@ pub struct Server {
     pub pressure: Option<Pressure>,
     /// The settings in force.
     pub settings: Settings,
+    /// The clients' kicks, by session: heard before every request, so that nobody's requests keep a lease waiting.
+    pub kicks: Arc<Epoll>,
     listener: Listener,
     epoll: Epoll,
     signals: SignalFd,
@@ -105,8 +108,9 @@ impl Server {
             .map_err(|errno| Error::os(errno as i32, "block signals"))?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map_err(|errno| Error::os(errno as i32, "make a signalfd"))?;
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)
-            .map_err(|errno| Error::os(errno as i32, "make an epoll"))?;
+        let make_epoll = || Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC);
+        let failed = |errno| Error::os(errno as i32, "make an epoll");
+        let (epoll, kicks) = (make_epoll().map_err(failed)?, make_epoll().map_err(failed)?);
         let shelf = Arc::new(Shelf::new(settings.clone())?);
         let server = Self {
             worker: Worker::start(Arc::clone(&shelf))?,
@@ -117,6 +121,7 @@ impl Server {
             refused_total: 0,
             pressure: None,
             settings,
+            kicks: Arc::new(kicks),
             listener,
             epoll,
             signals,
@@ -125,6 +130,7 @@ impl Server {
         server.watch(&server.listener, LISTENER)?;
         server.watch(server.worker.event(), WORKER)?;
         server.watch(&server.signals, SIGNALS)?;
+        server.watch(&server.kicks.0, KICKS)?;
         Ok(server)
     }
 
@@ -153,22 +159,11 @@ impl Server {
     }
 
     fn watch(&self, fd: impl AsFd, token: u64) -> Result<()> {
-        self.epoll
-            .add(fd, EpollEvent::new(EpollFlags::EPOLLIN, token))
-            .map_err(|errno| Error::os(errno as i32, "watch a descriptor"))
+        watch(&self.epoll, fd, token)
     }
 
-    /// Whether a descriptor is listened to. A hang-up is heard all the same.
     fn listen_to(&self, fd: impl AsFd, token: u64, on: bool) {
-        let flags = if on {
-            EpollFlags::EPOLLIN
-        } else {
-            EpollFlags::empty()
-        };
-        let mut event = EpollEvent::new(flags, token);
-        if let Err(errno) = self.epoll.modify(fd, &mut event) {
-            log::error!("epoll: {errno}");
-        }
+        listen_to(&self.epoll, fd, token, on);
     }
 
     /// Opens and pins the models that were asked for beforehand, then serves until a signal ends it.
@@ -216,15 +211,10 @@ impl Server {
             LISTENER => self.accept(),
             WORKER => self.hear_worker(),
             SIGNALS => return self.signal(surroundings),
-            token => {
-                let id = token / 2;
-                if token % 2 == 1 {
-                    self.kicked(id);
-                } else if self.serve(id).is_err()
-                    || event
-                        .events()
-                        .intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR)
-                {
+            KICKS => self.hear_kicks(),
+            id => {
+                let gone = EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR;
+                if self.serve(id).is_err() || event.events().intersects(gone) {
                     self.close(id);
                 }
             }
@@ -294,7 +284,7 @@ impl Server {
         let id = self.next_session;
         self.next_session += 1;
         let session = Session::new(id, socket, peer);
-        match self.watch(&session.socket, id * 2) {
+        match self.watch(&session.socket, id) {
             Ok(()) => drop(self.sessions.insert(id, session)),
             Err(error) => log::error!("{error}"),
         }
@@ -309,6 +299,7 @@ impl Server {
     /// Takes what a connection has sent. An error ends the connection.
     fn serve(&mut self, id: u64) -> Result<()> {
         for _ in 0..PACKETS_PER_TURN {
+            self.hear_kicks();
             let Some(session) = self.sessions.get_mut(&id) else {
                 return Ok(());
             };
@@ -334,7 +325,7 @@ impl Server {
             if !session.may_ask(self.settings.requests_per_second) {
                 session.paused = true;
                 let session = &self.sessions[&id];
-                self.listen_to(&session.socket, id * 2, false);
+                self.listen_to(&session.socket, id, false);
             }
             self.request(id, &packet.bytes)?;
         }
@@ -369,7 +360,7 @@ impl Server {
                     session.busy = true;
                 }
                 if let Some(session) = self.sessions.get(&id) {
-                    self.listen_to(&session.socket, id * 2, false);
+                    self.listen_to(&session.socket, id, false);
                 }
                 Ok(())
             }
@@ -393,28 +384,32 @@ impl Server {
     ///
     /// # Errors
     /// What epoll says.
-    pub fn hear_kicks(&self, id: u64) -> Result<()> {
+    pub fn listen_for_kicks(&self, id: u64) -> Result<()> {
         match self.sessions.get(&id).and_then(|s| s.attached.as_ref()) {
-            Some(attached) => self.watch(&attached.kick, id * 2 + 1),
+            Some(attached) => watch(&self.kicks, &attached.kick.event, id),
             None => Ok(()),
         }
     }
 
+    fn hear_kicks(&mut self) {
+        let mut events = [EpollEvent::empty(); 64];
+        let count = self.kicks.wait(&mut events, EpollTimeout::ZERO);
+        for event in &events[..count.unwrap_or(0)] {
+            self.kicked(event.data());
+        }
+    }
+
     fn kicked(&mut self, id: u64) {
-        let Some(session) = self.sessions.get_mut(&id) else {
+        let session = self.sessions.get_mut(&id);
+        let Some(attached) = session.and_then(|session| session.attached.as_mut()) else {
             return;
         };
-        let Some(attached) = session.attached.as_mut() else {
-            return;
-        };
-        let _ = attached.kick.read();
+        let _ = attached.kick.event.read();
         attached.kicks += 1;
         attached.model.wake();
         if attached.kicks > KICKS_PER_TICK {
             attached.paused = true;
-            if let Some(attached) = self.sessions.get(&id).and_then(|s| s.attached.as_ref()) {
-                self.listen_to(&attached.kick, id * 2 + 1, false);
-            }
+            listen_to(&self.kicks, &attached.kick.event, id, false);
         }
     }
 
@@ -449,7 +444,7 @@ impl Server {
         drop(descriptors);
         match self.sessions.get(&id) {
             Some(session) if sent.is_ok() => {
-                self.listen_to(&session.socket, id * 2, !session.paused);
+                self.listen_to(&session.socket, id, !session.paused);
             }
             _ => self.close(id),
         }
@@ -526,14 +521,31 @@ impl Server {
         }
         let session = &self.sessions[&id];
         if woken && !session.busy {
-            self.listen_to(&session.socket, id * 2, true);
+            self.listen_to(&session.socket, id, true);
         }
         if let Some(attached) = session.attached.as_ref().filter(|_| kicks_woken) {
-            self.listen_to(&attached.kick, id * 2 + 1, true);
+            listen_to(&self.kicks, &attached.kick.event, id, true);
         }
         if liar {
             self.revoke(id, "it holds more layers than a client may");
         }
+    }
+}
+
+fn watch(epoll: &Epoll, fd: impl AsFd, token: u64) -> Result<()> {
+    epoll
+        .add(fd, EpollEvent::new(EpollFlags::EPOLLIN, token))
+        .map_err(|errno| Error::os(errno as i32, "watch a descriptor"))
+}
+
+/// Whether a descriptor is listened to. A hang-up is heard all the same.
+fn listen_to(epoll: &Epoll, fd: impl AsFd, token: u64, on: bool) {
+    let flags = match on {
+        true => EpollFlags::EPOLLIN,
+        false => EpollFlags::empty(),
+    };
+    if let Err(errno) = epoll.modify(fd, &mut EpollEvent::new(flags, token)) {
+        log::error!("epoll: {errno}");
     }
 }
 
