@@ -107,6 +107,7 @@ pub struct Client {
     pub acquires: u64,
     /// The layer it acquired last.
     pub layer: Option<u32>,
+    attached: Instant,
     ring_seen: u32,
     last_active: Instant,
     pace: Duration,
@@ -226,6 +227,7 @@ impl Board {
             order: Order::new(self.layer_count as usize),
             acquires: 0,
             layer: None,
+            attached: Instant::now(),
             ring_seen: 0,
             last_active: Instant::now(),
             pace: Duration::ZERO,
@@ -325,11 +327,13 @@ impl Board {
             .any(|client| client.wants(layer, false))
     }
 
-    /// True when no client says that it holds anything.
+    /// Numbers of the clients that say they hold anything, but for those that attached after `since`.
     #[must_use]
-    pub fn idle(&self) -> bool {
+    pub fn holding(&self, since: Instant) -> Vec<u64> {
         let clients = self.clients();
-        !(0..self.layer_count).any(|layer| clients.iter().any(|client| client.holds(layer)))
+        let old = clients.iter().filter(|client| client.attached <= since);
+        let holding = old.filter(|client| (0..self.layer_count).any(|layer| client.holds(layer)));
+        holding.map(|client| client.id).collect()
     }
 
     /// Numbers of the clients that say they hold the layer.
@@ -394,13 +398,20 @@ mod tests {
     fn a_hold_is_seen_until_its_client_is_gone() {
         let board = Board::new(4, 2).unwrap();
         let page = board.attach(1).unwrap();
-        assert!(board.idle());
+        let before = Instant::now();
+        assert!(board.holding(before).is_empty());
         page.add(place::hold(2), 1);
-        assert!(board.held(2) && !board.held(1) && !board.idle());
+        assert!(board.held(2) && !board.held(1));
+        assert_eq!(board.holding(before), [1]);
+        let late = board.attach(2).unwrap();
+        late.add(place::hold(1), 1);
+        assert_eq!(board.holding(before), [1], "who came later has no lease yet");
+        assert_eq!(board.holding(Instant::now()), [1, 2]);
+        board.detach(2);
         assert_eq!(board.holders(2), [1]);
         assert_eq!(board.leases(1), [(2, 1)]);
         board.detach(1);
-        assert!(board.idle());
+        assert!(board.holding(Instant::now()).is_empty());
     }
 
     #[test]
