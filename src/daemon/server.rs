@@ -88,6 +88,8 @@ pub struct Server {
     /// The clients' kicks, by session: heard before every request, so that nobody's requests keep a lease waiting.
     pub kicks: Arc<Epoll>,
     listener: Listener,
+    /// The last accept failed: nobody is listened for until the next tick.
+    deaf: bool,
     epoll: Epoll,
     signals: SignalFd,
     next_session: u64,
@@ -123,6 +125,7 @@ impl Server {
             settings,
             kicks: Arc::new(kicks),
             listener,
+            deaf: false,
             epoll,
             signals,
             next_session: FIRST_SESSION,
@@ -249,10 +252,15 @@ impl Server {
             match self.listener.accept() {
                 Ok(None) => return,
                 Err(error) => {
-                    log::error!("{error}");
+                    // Out of descriptors, most likely: the listener stays readable, so look again at the next tick.
+                    if !std::mem::replace(&mut self.deaf, true) {
+                        log::error!("{error}; connections wait until that is better");
+                    }
+                    self.listen_to(&self.listener, LISTENER, false);
                     return;
                 }
                 Ok(Some((socket, peer))) => {
+                    self.deaf = false;
                     let of_user = self
                         .sessions
                         .values()
@@ -474,6 +482,9 @@ impl Server {
 
     fn tick(&mut self, surroundings: &mut dyn Surroundings) {
         self.pressure = surroundings.pressure();
+        if self.deaf {
+            self.listen_to(&self.listener, LISTENER, true);
+        }
         if let Some(bytes) = surroundings.tick(self)
             && let Err(error) = self.worker.give(
                 None,
