@@ -380,6 +380,11 @@ impl Server {
         let Some(session) = self.sessions.get(&id) else {
             return Ok(());
         };
+        // Descriptors that nobody takes count against this user's limit, and then nobody gets any.
+        if !descriptors.is_empty() && session.socket.unread() {
+            self.refused_total += 1;
+            return Err(Error::new(ErrorKind::Again, "answers are not read"));
+        }
         let raw: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
         let sent = session.socket.send(&encode_reply(reply), &raw, true);
         if sent.is_err() {
