@@ -30,6 +30,8 @@ const HELLO: Duration = Duration::from_secs(5);
 const PACKETS_PER_TURN: usize = 8;
 /// Kicks of one client in one tick; more are looked at in the next.
 const KICKS_PER_TICK: u32 = 2000;
+/// What the requests of one user, over all connections, may take of a tick; the rest of them wait for the next one.
+const USER_TIME: Duration = Duration::from_millis(50);
 /// A client that holds too much for so many ticks in a row is given up.
 const EXCESS_TICKS: u32 = 10;
 const LISTENER: u64 = 0;
@@ -88,6 +90,8 @@ pub struct Server {
     /// The clients' kicks, by session: heard before every request, so that nobody's requests keep a lease waiting.
     pub kicks: Arc<Epoll>,
     listener: Listener,
+    /// What each user's requests took in this tick.
+    spent: HashMap<u32, Duration>,
     /// The last accept failed: nobody is listened for until the next tick.
     deaf: bool,
     epoll: Epoll,
@@ -125,6 +129,7 @@ impl Server {
             settings,
             kicks: Arc::new(kicks),
             listener,
+            spent: HashMap::new(),
             deaf: false,
             epoll,
             signals,
@@ -314,6 +319,13 @@ impl Server {
             if session.busy || session.paused {
                 return Ok(());
             }
+            let uid = session.peer.uid();
+            if self.spent.get(&uid).is_some_and(|spent| *spent > USER_TIME) {
+                session.paused = true;
+                let session = &self.sessions[&id];
+                self.listen_to(&session.socket, id, false);
+                return Ok(());
+            }
             let packet = match session.socket.receive(false, true) {
                 Ok(Some(packet)) => packet,
                 Ok(None) => return Err(Error::new(ErrorKind::Connection, "hung up")),
@@ -335,7 +347,10 @@ impl Server {
                 let session = &self.sessions[&id];
                 self.listen_to(&session.socket, id, false);
             }
-            self.request(id, &packet.bytes)?;
+            let began = Instant::now();
+            let answered = self.request(id, &packet.bytes);
+            *self.spent.entry(uid).or_default() += began.elapsed();
+            answered?;
         }
         Ok(())
     }
@@ -508,7 +523,11 @@ impl Server {
                 }
             }
         }
-        let ids: Vec<u64> = self.sessions.keys().copied().collect();
+        self.spent.clear();
+        let mut ids: Vec<u64> = self.sessions.keys().copied().collect();
+        // Who is woken first is served first: not the same one every time.
+        let first = self.since.elapsed().as_millis() as usize % ids.len().max(1);
+        ids.rotate_left(first);
         for id in ids {
             self.look_after(id);
         }

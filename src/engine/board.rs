@@ -11,6 +11,7 @@
 use super::order::Order;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mem::SharedWords;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -344,6 +345,18 @@ impl Board {
         holders.map(|client| client.id).collect()
     }
 
+    /// Of every client: its number, how many layers it says it holds, the layer it acquired last, and its acquires.
+    #[must_use]
+    pub fn told(&self) -> HashMap<u64, (u32, Option<u32>, u64)> {
+        let clients = self.clients();
+        let told = clients.iter().map(|client| {
+            let held = (0..self.layer_count).filter(|layer| client.holds(*layer));
+            let leases = u32::try_from(held.count()).unwrap_or(u32::MAX);
+            (client.id, (leases, client.layer, client.acquires))
+        });
+        told.collect()
+    }
+
     /// Layers a client says it holds, and how often.
     #[must_use]
     pub fn leases(&self, id: u64) -> Vec<(u32, u32)> {
@@ -405,11 +418,16 @@ mod tests {
         assert_eq!(board.holding(before), [1]);
         let late = board.attach(2).unwrap();
         late.add(place::hold(1), 1);
-        assert_eq!(board.holding(before), [1], "who came later has no lease yet");
+        assert_eq!(
+            board.holding(before),
+            [1],
+            "who came later has no lease yet"
+        );
         assert_eq!(board.holding(Instant::now()), [1, 2]);
         board.detach(2);
         assert_eq!(board.holders(2), [1]);
         assert_eq!(board.leases(1), [(2, 1)]);
+        assert_eq!(board.told()[&1], (1, None, 0));
         board.detach(1);
         assert!(board.holding(Instant::now()).is_empty());
     }
