@@ -230,6 +230,7 @@ fn attach(server: &mut Server, id: u64, asked: &Attach) -> Result<Answer> {
     }
     if let Some(model) = server.shelf.loaded(&asked.path)?
         && model.budget_bytes() > 0
+        && model.is_current()
     {
         let (value, descriptors) = attach_to(server, id, &model)?;
         return Ok(Answer::Now(Ok(value), descriptors));

@@ -167,6 +167,12 @@ impl Hosted {
         self.member.set_weight(weight);
     }
 
+    /// True while its paths lead to the files that it was opened from, unchanged: hosts read headers from there.
+    #[must_use]
+    pub fn is_current(&self) -> bool {
+        self.files.iter().all(ShardFile::is_current)
+    }
+
     /// Clients that are attached.
     #[must_use]
     pub fn clients_count(&self) -> u32 {

@@ -168,17 +168,37 @@ impl Shelf {
             .find(|model| model.path == resolved)
             .cloned();
         let model = match there {
-            Some(model) if model.budget_bytes() > 0 => model,
-            // Its last plan could not be had: it is opened anew.
-            Some(failed) => {
-                self.remove(&failed);
-                self.open(resolved, revoke)?
-            }
+            Some(model) if model.budget_bytes() > 0 && model.is_current() => model,
+            Some(old) => self.reopen(&old, resolved, revoke)?,
             None => self.open(resolved, revoke)?,
         };
         if pin {
             model.pinned.store(true, Ordering::Relaxed);
         }
+        Ok(model)
+    }
+
+    /// Opens a model anew whose last plan could not be had, or whose files are others now: who attaches reads its header
+    /// from those, and must not get the weights of the ones before.
+    fn reopen(
+        &self,
+        old: &Arc<Hosted>,
+        path: PathBuf,
+        revoke: &dyn Fn(Vec<u64>),
+    ) -> Result<Arc<Hosted>> {
+        let clients = old.clients_count();
+        if clients > 0 && old.budget_bytes() > 0 {
+            let context = format!(
+                "{}: it was replaced or written to, and {clients} clients still use what was there before; try again when they have left",
+                path.display()
+            );
+            return Err(Error::new(ErrorKind::Changed, context));
+        }
+        log::info!("{}: opened anew", path.display());
+        self.remove(old);
+        let model = self.open(path, revoke)?;
+        let pinned = old.pinned.load(Ordering::Relaxed);
+        model.pinned.store(pinned, Ordering::Relaxed);
         Ok(model)
     }
 
