@@ -384,9 +384,13 @@ fn inside(path: &Path, settings: &Settings) -> bool {
 }
 
 fn weight_of(path: &Path, settings: &Settings) -> u32 {
-    let named = settings.weights.iter().find(|(named, _)| {
+    let by_path = settings.weights.iter().find(|(named, _)| {
         named == path || std::fs::canonicalize(named).is_ok_and(|named| named == path)
     });
+    // A file name has no directory in it; a path says more, so it wins.
+    let name = path.file_name();
+    let by_name = || (settings.weights.iter()).find(|(named, _)| Some(named.as_os_str()) == name);
+    let named = by_path.or_else(by_name);
     named.map_or(WEIGHT_DEFAULT, |(_, weight)| *weight)
 }
 
@@ -430,4 +434,21 @@ fn too_small(budget_bytes: u64, needed_bytes: u64, more_bytes: u64) -> Error {
             HumanBytes(smallest),
         ),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_weight_goes_by_path_or_by_file_name() {
+        let settings = Settings {
+            weights: vec![("big.gguf".into(), 300), ("/x/big.gguf".into(), 7)],
+            ..Settings::default()
+        };
+        let weight = |path: &str| weight_of(Path::new(path), &settings);
+        assert_eq!(weight("/y/big.gguf"), 300);
+        assert_eq!(weight("/x/big.gguf"), 7, "the path says more");
+        assert_eq!(weight("/y/small.gguf"), WEIGHT_DEFAULT);
+    }
 }
