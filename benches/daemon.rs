@@ -42,8 +42,8 @@ const LARGE: [&str; 14] = [
     "--arch", "llama", "--layers", "24", "--embd", "2048", "--ffn", "5632", "--heads", "16",
     "--vocab", "4096", "--type", "q8_0",
 ];
-const SMALL: [&str; 14] = [
-    "--arch", "qwen2", "--layers", "16", "--embd", "1024", "--ffn", "2816", "--heads", "8",
+const OTHER: [&str; 14] = [
+    "--arch", "qwen2", "--layers", "24", "--embd", "1536", "--ffn", "4096", "--heads", "12",
     "--vocab", "4096", "--type", "q4_k_m",
 ];
 
@@ -430,7 +430,7 @@ fn holds(daemon: &Daemon) -> (usize, u64) {
 fn soak(seconds: u64) -> Value {
     let models = [
         common::synth("bench-large", &LARGE),
-        common::synth("bench-small", &SMALL),
+        common::synth("bench-other", &OTHER),
     ];
     let mut daemon = Daemon::start(&[]);
     daemon.budget(models.iter().map(|path| half(path)).sum());
