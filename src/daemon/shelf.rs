@@ -251,15 +251,24 @@ impl Shelf {
     /// Unloads models that nobody uses, longest unused first, until the smallest plans and `more_bytes` fit.
     fn make_room(&self, more_bytes: u64) -> Result<()> {
         let (budget_bytes, _) = self.budget();
+        let stays = |model: &&Arc<Hosted>| {
+            model.clients_count() > 0 || model.pinned.load(Ordering::Relaxed)
+        };
+        let models = self.models();
+        let kept: u64 = (models.iter().filter(stays))
+            .map(|model| model.smallest_bytes)
+            .sum();
+        if kept.saturating_add(more_bytes) > budget_bytes {
+            // Nobody goes for what will be refused all the same.
+            return Err(too_small(budget_bytes, kept, more_bytes));
+        }
         loop {
             let models = self.models();
             let needed: u64 = models.iter().map(|model| model.smallest_bytes).sum();
             if needed.saturating_add(more_bytes) <= budget_bytes {
                 return Ok(());
             }
-            let idle = models.iter().filter(|model| {
-                model.clients_count() == 0 && !model.pinned.load(Ordering::Relaxed)
-            });
+            let idle = models.iter().filter(|model| !stays(model));
             let last_used =
                 |model: &&Arc<Hosted>| *model.used.lock().unwrap_or_else(PoisonError::into_inner);
             let Some(victim) = idle.min_by_key(last_used) else {
