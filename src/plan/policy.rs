@@ -160,6 +160,24 @@ impl Policy {
         policy
     }
 
+    /// Memory of such a cache's bookkeeping.
+    #[must_use]
+    pub fn account_bytes(kind: PolicyKind, units_count: u32, capacity: u32) -> u64 {
+        let each = size_of::<Place>() + size_of::<u16>() + size_of::<u64>() + size_of::<u32>();
+        let frequency = if kind.counts_uses() {
+            size_of::<f64>()
+        } else {
+            0
+        };
+        let slots = u64::from(capacity);
+        let entries = match kind {
+            PolicyKind::Lru | PolicyKind::Lfu => slots,
+            PolicyKind::TwoQ => 2 * slots + u64::from(share(capacity, REMEMBERED_SHARE)) + 1,
+            PolicyKind::Lfru => 2 * slots,
+        };
+        u64::from(units_count) * (each + frequency) as u64 + entries * heap::ENTRY_BYTES
+    }
+
     /// The policy in use.
     #[must_use]
     pub const fn kind(&self) -> PolicyKind {

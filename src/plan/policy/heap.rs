@@ -12,6 +12,9 @@ struct Entry {
     unit: u32,
 }
 
+/// Memory of one unit in a heap.
+pub(super) const ENTRY_BYTES: u64 = size_of::<Entry>() as u64;
+
 /// The unit with the lowest turn stands first.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Heap {
