@@ -5,9 +5,10 @@
 //! away (`flea inspect m.gguf | head`) is no failure. The last room before the programs: nothing depends on it.
 
 pub mod bench;
+pub mod bench_policies;
 #[cfg(feature = "run")]
 pub mod bench_predict;
-pub mod bench_raw;
+mod bench_raw;
 pub mod bench_suite;
 pub mod ctl;
 pub mod doctor;
@@ -17,6 +18,7 @@ pub mod kv;
 pub mod pack;
 pub mod plan;
 pub mod probe;
+mod probe_rows;
 #[cfg(feature = "run")]
 pub mod run;
 pub mod synth;
