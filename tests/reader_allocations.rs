@@ -5,6 +5,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use flea::io::rows::{RowOptions, RowReader, RowTable};
 use flea::io::{AlignedMemory, Reader, ReaderKind, ReaderOptions, Request, ShardFile};
 
 struct Counting;
@@ -84,5 +85,45 @@ fn requests_allocate_nothing() {
         let during = ALLOCATIONS.load(Ordering::Relaxed) - before;
         assert_eq!(during, 0, "{kind}: allocations in 2560 requests");
         assert_eq!(memory.bytes()[..4 << 20], vec![3; 4 << 20]);
+    }
+    rows_allocate_nothing(&path);
+}
+
+/// Rows as well, once a call of the same size has been made: hits, misses, evictions.
+fn rows_allocate_nothing(path: &std::path::Path) {
+    for policy in flea::plan::PolicyKind::ALL {
+        let files: Arc<[ShardFile]> = Arc::new([ShardFile::open(path).unwrap()]);
+        let table = RowTable {
+            shard_index: 0,
+            offset_bytes: 100,
+            row_bytes: 5000,
+            rows_count: 800,
+        };
+        let options = RowOptions {
+            budget_bytes: 3 << 20,
+            depth: 16,
+            read_bytes: 16 << 10,
+            policy,
+            ..RowOptions::default()
+        };
+        let mut rows = RowReader::new(files, table, &options).unwrap();
+        let mut out = vec![0; 64 * 5000];
+        let mut ids = [0; 64];
+        let mut call = |number: u32| {
+            for (id, place) in ids.iter_mut().zip(0..) {
+                *id = (number * 64 + place) * 331 % 800;
+            }
+            rows.read(&ids, &mut out).unwrap();
+        };
+        (0..20).for_each(&mut call);
+        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        (20..60).for_each(&mut call);
+        let during = ALLOCATIONS.load(Ordering::Relaxed) - before;
+        assert_eq!(during, 0, "{policy}: allocations in 40 calls");
+        assert!(
+            rows.counters().page_hits > 0 && rows.counters().reads > 1000,
+            "{policy}"
+        );
+        assert_eq!(out, vec![3; 64 * 5000]);
     }
 }

@@ -27,6 +27,7 @@ fn small(arch: Arch, quant: Quant) -> Spec {
     Spec {
         shape: Shape::choose(arch, quant, &wish).expect("a shape"),
         seed: 1,
+        router_skew: 0.0,
         split_bytes: None,
         force: false,
     }

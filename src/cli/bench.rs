@@ -10,7 +10,7 @@ use clap::{Args as ClapArgs, Subcommand};
 
 use super::table::Table;
 use super::trace::{self, TraceFile};
-use super::{bench_raw, bench_suite, values};
+use super::{bench_policies, bench_raw, bench_suite, values};
 use crate::engine::{BudgetSpec, Latency, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::mirror::CopyStats;
@@ -38,6 +38,8 @@ enum What {
     /// Hold what `flea plan` predicts against what `flea run` then does
     #[cfg(feature = "run")]
     Predict(super::bench_predict::PredictArgs),
+    /// Find out which cache policy suits which use of experts, on traces with known skews
+    Policies(bench_policies::PoliciesArgs),
     /// Measure everything beside fio and the peers, and write it down
     Suite(bench_suite::SuiteArgs),
 }
@@ -167,6 +169,7 @@ pub fn command(args: &Args) -> Result<ExitCode> {
     match &args.what {
         What::Stream(args) => stream(args).map(|()| ExitCode::SUCCESS),
         What::Raw(args) => bench_raw::command(args).map(|()| ExitCode::SUCCESS),
+        What::Policies(args) => bench_policies::command(args).map(|()| ExitCode::SUCCESS),
         What::Suite(args) => bench_suite::command(args),
         #[cfg(feature = "run")]
         What::Predict(args) => super::bench_predict::command(args).map(|()| ExitCode::SUCCESS),

@@ -6,9 +6,10 @@
 
 pub mod analyze;
 pub mod bench;
+pub mod bench_policies;
 #[cfg(feature = "run")]
 pub mod bench_predict;
-pub mod bench_raw;
+mod bench_raw;
 pub mod bench_suite;
 pub mod cost;
 pub mod ctl;
@@ -19,6 +20,7 @@ pub mod kv;
 pub mod pack;
 pub mod plan;
 pub mod probe;
+mod probe_rows;
 #[cfg(feature = "run")]
 pub mod run;
 pub mod synth;

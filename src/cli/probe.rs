@@ -7,11 +7,12 @@ use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use clap::Args as ClapArgs;
+use clap::{Args as ClapArgs, Subcommand};
 use serde_json::{Value, json};
 
+use super::probe_rows;
 use super::table::Table;
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::io::ReaderKind;
 use crate::io::profile::{Compute, Profile, Rate, VERSION};
 use crate::tools::probe::{ProbeOptions, Probed, measure, measure_memory};
@@ -22,6 +23,7 @@ Examples:
   flea probe /models
   flea probe model.gguf --sustain 60s --target 2GB/s
   flea probe /mnt/usb --size 4GiB --json
+  flea probe rows --synth 1GiB
 
 The result is kept as the drive's profile under XDG_CACHE_HOME/flea (or FLEA_PROFILE=DIRECTORY; none = keep nothing):
 `flea run` and `flea bench stream` take their request length and depth from it, `flea plan` its prediction.
@@ -35,11 +37,14 @@ const MEMORY_SPAN_SHARE: f64 = 0.5;
 
 /// Measure a drive and this machine's memory, and keep the result
 #[derive(Debug, ClapArgs)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Args {
+    #[command(subcommand)]
+    what: Option<What>,
+
     /// A file on the drive, which is only read, or a directory, where a temporary file is written and removed
-    #[arg(value_name = "PATH")]
-    path: PathBuf,
+    #[arg(value_name = "PATH", required = true)]
+    path: Option<PathBuf>,
 
     /// Length of the temporary file
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = super::size)]
@@ -80,7 +85,13 @@ pub struct Args {
     json: bool,
 }
 
-fn duration(text: &str) -> std::result::Result<Duration, String> {
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Measure what single rows of a table cost, by mmap and by the row reader
+    Rows(probe_rows::RowsArgs),
+}
+
+pub(super) fn duration(text: &str) -> std::result::Result<Duration, String> {
     let text = text.trim();
     let split = text
         .find(|c: char| !c.is_ascii_digit() && c != '.')
@@ -118,15 +129,15 @@ fn percent(text: &str) -> std::result::Result<f64, String> {
 }
 
 /// What became of the target.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Verdict {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Verdict {
     Pass,
     Warn,
     Fail,
 }
 
 impl Verdict {
-    fn of(reached: f64, target: f64) -> Self {
+    pub(super) fn of(reached: f64, target: f64) -> Self {
         if reached >= target {
             Self::Pass
         } else if reached >= target * NEARLY {
@@ -136,7 +147,7 @@ impl Verdict {
         }
     }
 
-    const fn name(self) -> &'static str {
+    pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Pass => "PASS",
             Self::Warn => "WARN",
@@ -150,13 +161,19 @@ impl Verdict {
 /// # Errors
 /// Those of the measurement; that the profile cannot be written is a warning, the figures stand.
 pub fn command(args: &Args) -> Result<ExitCode> {
+    if let Some(What::Rows(rows)) = &args.what {
+        return probe_rows::command(rows);
+    }
+    let Some(path) = &args.path else {
+        return Err(Error::new(ErrorKind::Invalid, "a path is needed"));
+    };
     // The compute test should meet the same OpenMP that `flea run` does.
     #[cfg(feature = "run")]
     crate::host::process::restart_with_short_spins();
     let stop = super::stop_on_signal()?;
     let mut telling = Telling::new(args.json);
     let options = ProbeOptions {
-        path: args.path.clone(),
+        path: path.clone(),
         size_bytes: args.size,
         span: args.seconds,
         sustain: args.sustain,
@@ -258,25 +275,25 @@ fn keep(args: &Args, profile: &Profile) -> Option<PathBuf> {
 }
 
 /// One line on a terminal that says what is being done.
-struct Telling {
+pub(super) struct Telling {
     visible: bool,
 }
 
 impl Telling {
-    fn new(quiet: bool) -> Self {
+    pub(super) fn new(quiet: bool) -> Self {
         Self {
             visible: !quiet && std::io::stderr().is_terminal(),
         }
     }
 
-    fn tell(&mut self, text: &str) {
+    pub(super) fn tell(&mut self, text: &str) {
         if self.visible {
             // Nobody is left to tell when stderr is gone.
             let _ = write!(std::io::stderr(), "\r\x1b[K{text}");
         }
     }
 
-    fn finish(mut self) {
+    pub(super) fn finish(mut self) {
         self.tell("");
     }
 }
@@ -298,7 +315,7 @@ fn to_json(
     verdict: Option<Verdict>,
 ) -> Value {
     json!({
-        "path": args.path.to_string_lossy(),
+        "path": args.path.as_deref().map(Path::to_string_lossy),
         "file_bytes": probed.file_bytes,
         "temporary_file": probed.temporary,
         "points": probed.points_count,
@@ -338,7 +355,7 @@ fn to_table(
         "read from",
         format!(
             "{} ({}{}), {}, {}, {} points",
-            args.path.display(),
+            args.path.as_deref().unwrap_or(Path::new("")).display(),
             HumanBytes(probed.file_bytes),
             if probed.temporary { ", temporary" } else { "" },
             profile.reader,

@@ -9,13 +9,14 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use super::table::Table;
 use crate::error::Result;
 use crate::tools::synth::shape::{Arch, Quant, Shape, Wish};
-use crate::tools::synth::{Report, Spec, generate};
+use crate::tools::synth::{Report, Spec, generate, router};
 use crate::units::HumanBytes;
 
 const EXAMPLES: &str = "\
 Examples:
   flea synth --size 4GiB -o big.gguf
   flea synth --arch qwen3moe --type q4_k_m --size 2GiB --split-bytes 500M -o moe.gguf
+  flea synth --arch gpt-oss --type mxfp4 --size 8GiB --experts 32 --router-skew hot -o oss.gguf
   flea synth --layers 12 --embd 768 --heads 12 --vocab 8000 --type f16 -o small.gguf
 
 With --size, what is not given is chosen so that the file comes out within 5 % of it.
@@ -27,6 +28,18 @@ fn arch_parser() -> impl TypedValueParser<Value = Arch> {
 
 fn quant_parser() -> impl TypedValueParser<Value = Quant> {
     PossibleValuesParser::new(Quant::ALL.map(Quant::name)).try_map(|name| name.parse::<Quant>())
+}
+
+fn router_skew(text: &str) -> std::result::Result<f32, String> {
+    match text {
+        "even" => Ok(router::EVEN),
+        "hot" => Ok(router::HOT),
+        _ => text
+            .parse()
+            .ok()
+            .filter(|skew| (0.0..=router::SKEW_MAX).contains(skew))
+            .ok_or_else(|| format!("even, hot, or a number from 0 to {}", router::SKEW_MAX)),
+    }
 }
 
 /// Write a synthetic model of any size that llama.cpp loads
@@ -77,7 +90,7 @@ pub struct Args {
     #[arg(long, value_name = "N", value_parser = super::count)]
     pub vocab: Option<u32>,
 
-    /// Experts per layer (mixtral, qwen3moe)
+    /// Experts per layer (mixtral, qwen3moe, gpt-oss)
     #[arg(long, value_name = "N", value_parser = super::count)]
     pub experts: Option<u32>,
 
@@ -85,11 +98,15 @@ pub struct Args {
     #[arg(long, value_name = "N", value_parser = super::count)]
     pub experts_used: Option<u32>,
 
+    /// How unevenly the experts are used: even, hot (a tenth gets 4/5 of the uses) or a number, 0 to 8
+    #[arg(long, value_name = "SKEW", default_value = "even", value_parser = router_skew)]
+    pub router_skew: f32,
+
     /// Context length the model claims [default: 4096]
     #[arg(long, value_name = "N", value_parser = super::count)]
     pub ctx: Option<u32>,
 
-    /// Embeddings and output head share one tensor (always so for gemma3)
+    /// Embeddings and output head share one tensor (always so for gemma3 and gemma3n)
     #[arg(long)]
     pub tied: bool,
 
@@ -150,6 +167,7 @@ pub fn command(args: &Args) -> Result<()> {
     let spec = Spec {
         shape: Shape::choose(args.arch, args.quant, &args.wish())?,
         seed: args.seed,
+        router_skew: args.router_skew,
         split_bytes: args.split_bytes,
         force: args.force,
     };
@@ -230,6 +248,7 @@ fn json(spec: &Spec, report: &Report) -> serde_json::Value {
         "vocab": shape.vocab,
         "experts": shape.experts,
         "experts_used": shape.experts_used,
+        "router_skew": spec.router_skew,
         "ctx": shape.ctx,
         "tied": shape.tied,
         "seed": spec.seed,
@@ -269,7 +288,10 @@ fn table(spec: &Spec, report: &Report) -> String {
         ),
     );
     if shape.experts > 0 {
-        let experts = format!("{} of {} per token", shape.experts_used, shape.experts);
+        let experts = format!(
+            "{} of {} per token, router skew {}",
+            shape.experts_used, shape.experts, spec.router_skew
+        );
         table.field("experts", experts);
     }
     table.field(

@@ -13,11 +13,13 @@ pub mod cached;
 pub mod direct;
 pub mod fault;
 mod filesystem;
+pub mod mapped;
 mod memory;
 pub mod mirror;
 mod pread;
 pub mod profile;
 mod request;
+pub mod rows;
 mod setup;
 mod uring;
 

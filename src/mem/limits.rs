@@ -113,6 +113,24 @@ pub fn peak_memory_bytes() -> Result<u64> {
     Ok(SEEN_MAX_BYTES.fetch_max(peak, Ordering::Relaxed).max(peak))
 }
 
+/// The most pages of any kind that were mapped into this process since the last [`forget_resident_peak`], file pages as
+/// well: what `VmHWM` says. Not what it holds, see [`peak_memory_bytes`]; for comparing with mmap.
+///
+/// # Errors
+/// `Io` when /proc cannot be read.
+pub fn resident_peak_bytes() -> Result<u64> {
+    Ok(Status::parse(&read("/proc/self/status")?).peak_bytes)
+}
+
+/// Sets the kernel's high-water mark to what is mapped now.
+///
+/// # Errors
+/// `Io` when /proc cannot be written.
+pub fn forget_resident_peak() -> Result<()> {
+    let path = "/proc/self/clear_refs";
+    std::fs::write(path, "5").map_err(|error| Error::from_io(&error, format!("write {path}")))
+}
+
 /// The largest figure that [`process_memory_bytes`] has returned.
 static SEEN_MAX_BYTES: AtomicU64 = AtomicU64::new(0);
 

@@ -7,6 +7,7 @@ pub mod doctor;
 pub mod gguf_write;
 pub mod kv_bench;
 pub mod pack;
+pub mod policies;
 pub mod probe;
 pub mod raw;
 pub mod suite;

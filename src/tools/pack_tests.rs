@@ -16,6 +16,7 @@ fn model(directory: &Path, arch: Arch, split_bytes: Option<u64>) -> PathBuf {
     let spec = Spec {
         shape: Shape::choose(arch, Quant::Q4KM, &wish).unwrap(),
         seed: 5,
+        router_skew: 0.0,
         split_bytes,
         force: false,
     };

@@ -3,7 +3,7 @@
 // Knows nothing of flea. It loads the backends like llama.cpp's own programs do (GGML_BACKEND_PATH included), runs the model on
 // --device FLEA or on the CPU (--device none), without the repacked weight layouts, and writes one row of n_vocab f32 per
 // generated token: the logits the token was chosen from, as `flea run --logits` does. Equal files mean bit-identical
-// inference. With --contexts N, N threads generate with N contexts of one model and must all get the same rows.
+// inference. --experts FILE writes which experts were chosen. With --contexts N, N threads generate with N contexts of one model and must all get the same rows.
 
 #include <cstdint>
 #include <cstdio>
@@ -24,6 +24,7 @@ struct Options {
     std::string output;
     std::string device = "none";
     std::string lora;
+    std::string experts;
     std::string load_mode = "auto";
     std::vector<llama_token> tokens;
     int generate = 8;
@@ -40,7 +41,7 @@ struct Options {
 const char usage[] =
     "usage: llama-logits -m MODEL --prompt-tokens 1,5,9 [-n N] [-o LOGITS] [--device FLEA|none] [--threads N] [--ubatch N]\n"
     "                    [--ctx N] [--contexts N] [--ngl N] [--lora FILE] [--load-mode auto|none|mmap|dio] [--repack]\n"
-    "                    [--flash-attn auto|on|off] [-v]\n";
+    "                    [--flash-attn auto|on|off] [--experts FILE] [-v]\n";
 
 std::vector<llama_token> parse_tokens(const std::string & text) {
     std::vector<llama_token> tokens;
@@ -73,6 +74,7 @@ Options parse(int argc, char ** argv) {
         else if (name == "--prompt-tokens") { options.tokens = parse_tokens(value); }
         else if (name == "--device") { options.device = value; }
         else if (name == "--lora") { options.lora = value; }
+        else if (name == "--experts") { options.experts = value; }
         else if (name == "--load-mode") { options.load_mode = value; }
         else if (name == "--threads") { options.threads = std::stoi(value); }
         else if (name == "--ubatch") { options.ubatch = std::stoi(value); }
@@ -100,6 +102,21 @@ llama_token greedy(const float * row, int count) {
     return best;
 }
 
+// One line for each layer and token: the layer, then the experts that the router chose.
+bool log_experts(ggml_tensor * tensor, bool ask, void * file) {
+    const char prefix[] = "ffn_moe_topk-";
+    if (strncmp(tensor->name, prefix, sizeof(prefix) - 1) != 0) { return !ask; }
+    if (ask) { return true; }
+    std::vector<int32_t> ids((size_t) tensor->ne[0]);
+    for (int64_t token = 0; token < tensor->ne[1]; ++token) {
+        ggml_backend_tensor_get(tensor, ids.data(), (size_t) token * tensor->nb[1], ids.size() * sizeof(int32_t));
+        fputs(tensor->name + sizeof(prefix) - 1, (FILE *) file);
+        for (const int32_t id : ids) { fprintf((FILE *) file, " %d", id); }
+        fputc('\n', (FILE *) file);
+    }
+    return true;
+}
+
 void generate(llama_model * model, llama_adapter_lora * lora, const Options & options, Result & result) {
     llama_context_params params = llama_context_default_params();
     params.n_ctx = (uint32_t) options.context;
@@ -107,6 +124,12 @@ void generate(llama_model * model, llama_adapter_lora * lora, const Options & op
     params.n_ubatch = (uint32_t) options.ubatch;
     params.n_threads = params.n_threads_batch = options.threads;
     params.flash_attn_type = options.flash_attention;
+    FILE * experts = options.experts.empty() ? nullptr : fopen(options.experts.c_str(), "w");
+    if (!options.experts.empty() && !experts) { result.error = "cannot write " + options.experts; return; }
+    if (experts) {
+        params.cb_eval = log_experts;
+        params.cb_eval_user_data = experts;
+    }
     llama_context * context = llama_init_from_model(model, params);
     if (!context) { result.error = "no context"; return; }
     if (lora) {
@@ -124,6 +147,7 @@ void generate(llama_model * model, llama_adapter_lora * lora, const Options & op
         result.tokens.push_back(batch[0]);
     }
     llama_free(context);
+    if (experts && fclose(experts) != 0) { result.error = "cannot write " + options.experts; }
 }
 
 uint64_t fnv(const std::vector<float> & values) {

@@ -1,12 +1,13 @@
 //! Measures what flea depends on: how a drive is read fastest, whether it keeps that up, and how fast memory is.
 //!
 //! `drive` finds the best request length and depth by climbing until the rate falls, `memory` the bandwidth of the
-//! processor's memory. Invariants: a figure is given only for a drive that the page cache was kept out of and only when
+//! processor's memory, `rows` what single rows of a table cost, by mmap and by the row reader. Invariants: a figure is given only for a drive that the page cache was kept out of and only when
 //! its rounds agree; the path's file is only read, a directory gets a nameless file. The result is a
 //! [`Profile`](crate::io::profile::Profile). Place: a tool beside the pipeline; it uses `file` and `reader`.
 
 mod drive;
 mod memory;
+pub mod rows;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

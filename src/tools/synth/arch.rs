@@ -23,17 +23,23 @@ pub enum Arch {
     Mixtral,
     /// Qwen 3 with many small experts.
     Qwen3Moe,
+    /// gpt-oss: experts with biases, attention sinks, every other layer with a sliding window.
+    GptOss,
+    /// Gemma 3n: a second table of embeddings, one row of it for each token and layer; four streams side by side.
+    Gemma3n,
 }
 
 impl Arch {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 8] = [
         Self::Llama,
         Self::Qwen2,
         Self::Qwen3,
         Self::Gemma3,
         Self::Mixtral,
         Self::Qwen3Moe,
+        Self::GptOss,
+        Self::Gemma3n,
     ];
 
     /// The name on the command line.
@@ -54,21 +60,29 @@ impl Arch {
             Self::Qwen3 => "qwen3",
             Self::Gemma3 => "gemma3",
             Self::Qwen3Moe => "qwen3moe",
+            Self::GptOss => "gpt-oss",
+            Self::Gemma3n => "gemma3n",
         }
     }
 
     /// True where the feed-forward part is a mixture of experts.
     #[must_use]
     pub const fn has_experts(self) -> bool {
-        matches!(self, Self::Mixtral | Self::Qwen3Moe)
+        matches!(self, Self::Mixtral | Self::Qwen3Moe | Self::GptOss)
+    }
+
+    /// True where embeddings and output head are always one tensor.
+    #[must_use]
+    pub const fn is_always_tied(self) -> bool {
+        matches!(self, Self::Gemma3 | Self::Gemma3n)
     }
 
     /// The tokenizer its models come with.
     #[must_use]
     pub const fn tokenizer(self) -> Tokenizer {
         match self {
-            Self::Llama | Self::Mixtral | Self::Gemma3 => Tokenizer::SentencePiece,
-            Self::Qwen2 | Self::Qwen3 | Self::Qwen3Moe => Tokenizer::BytePairs,
+            Self::Llama | Self::Mixtral | Self::Gemma3 | Self::Gemma3n => Tokenizer::SentencePiece,
+            Self::Qwen2 | Self::Qwen3 | Self::Qwen3Moe | Self::GptOss => Tokenizer::BytePairs,
         }
     }
 }
@@ -90,11 +104,13 @@ pub enum Quant {
     Q4KM,
     /// 6 bits in blocks of 256.
     Q6K,
+    /// Experts in 4-bit floats with one exponent for 32, the rest 8 bits: how gpt-oss comes.
+    Mxfp4,
 }
 
 impl Quant {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::F16,
         Self::Bf16,
         Self::Q8_0,
@@ -102,6 +118,7 @@ impl Quant {
         Self::Q4K,
         Self::Q4KM,
         Self::Q6K,
+        Self::Mxfp4,
     ];
 
     /// The name on the command line.
@@ -115,6 +132,7 @@ impl Quant {
             Self::Q4K => "q4_k",
             Self::Q4KM => "q4_k_m",
             Self::Q6K => "q6_k",
+            Self::Mxfp4 => "mxfp4",
         }
     }
 
@@ -129,6 +147,7 @@ impl Quant {
             Self::Q4KM => 15,
             Self::Q6K => 18,
             Self::Bf16 => 32,
+            Self::Mxfp4 => 38,
         }
     }
 
@@ -138,7 +157,7 @@ impl Quant {
         match self {
             Self::F16 => Kind::F16,
             Self::Bf16 => Kind::Bf16,
-            Self::Q8_0 => Kind::Q8_0,
+            Self::Q8_0 | Self::Mxfp4 => Kind::Q8_0,
             Self::Q4_0 => Kind::Q4_0,
             Self::Q4K | Self::Q4KM => Kind::Q4K,
             Self::Q6K => Kind::Q6K,

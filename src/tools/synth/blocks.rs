@@ -28,6 +28,8 @@ pub enum Kind {
     Q5K,
     /// 256 values of 6 bits, 16 scales.
     Q6K,
+    /// 32 floats of 4 bits, one exponent.
+    Mxfp4,
 }
 
 impl Kind {
@@ -42,6 +44,7 @@ impl Kind {
             Self::Q4K => DType::Q4_K,
             Self::Q5K => DType::Q5_K,
             Self::Q6K => DType::Q6_K,
+            Self::Mxfp4 => DType::MXFP4,
         }
     }
 
@@ -80,6 +83,7 @@ impl Kind {
             Self::Q4K => push_q4_k(random, std, out),
             Self::Q5K => push_q5_k(random, std, out),
             Self::Q6K => push_q6_k(random, std, out),
+            Self::Mxfp4 => push_mxfp4(random, std, out),
         }
     }
 }
@@ -104,6 +108,24 @@ fn push_q4_0(random: &mut Random, std: f32, out: &mut Vec<u8>) {
     out.extend(scale.to_le_bytes());
     let inverse = inverse(scale.to_f32());
     let codes = values.map(|v| (v * inverse + 8.5).clamp(0.0, 15.0) as u8);
+    out.extend((0..16).map(|i| codes[i] | codes[i + 16] << 4));
+}
+
+/// Magnitudes of the 4-bit floats, 2 bits of exponent and 1 of mantissa. Codes from 8 on are the negative ones.
+const MXFP4_MAGNITUDES: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+
+/// The largest magnitude lands between 4 and 8 units, as ggml does it.
+fn push_mxfp4(random: &mut Random, std: f32, out: &mut Vec<u8>) {
+    let values: [f32; 32] = std::array::from_fn(|_| std * random.normal());
+    let largest = values.iter().fold(0.0_f32, |most, v| most.max(v.abs()));
+    let exponent = (largest.max(f32::MIN_POSITIVE).log2().floor() - 2.0 + 127.0).clamp(0.0, 254.0);
+    out.push(exponent as u8);
+    let unit = (exponent - 127.0).exp2();
+    let codes = values.map(|value| {
+        let off = |code: &usize| (MXFP4_MAGNITUDES[*code] - value.abs() / unit).abs();
+        let code = (0..8).min_by(|a, b| off(a).total_cmp(&off(b))).unwrap_or(0);
+        code as u8 | if value < 0.0 { 8 } else { 0 }
+    });
     out.extend((0..16).map(|i| codes[i] | codes[i + 16] << 4));
 }
 
@@ -277,7 +299,7 @@ impl Random {
 mod tests {
     use super::*;
 
-    const ALL: [Kind; 8] = [
+    const ALL: [Kind; 9] = [
         Kind::F32,
         Kind::F16,
         Kind::Bf16,
@@ -286,6 +308,7 @@ mod tests {
         Kind::Q4K,
         Kind::Q5K,
         Kind::Q6K,
+        Kind::Mxfp4,
     ];
 
     #[test]
@@ -324,6 +347,27 @@ mod tests {
         let variance = values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32;
         assert!(mean.abs() < 0.02, "mean {mean}");
         assert!((variance - 1.0).abs() < 0.02, "variance {variance}");
+    }
+
+    /// Decoded as ggml's `dequantize_row_mxfp4` does it, the values have the spread they were drawn with.
+    #[test]
+    fn four_bit_floats_have_their_spread() {
+        let mut bytes = Vec::new();
+        let mut random = Random::new(&[8]);
+        for _ in 0..1000 {
+            push_mxfp4(&mut random, 0.02, &mut bytes);
+        }
+        let mut squares = 0.0;
+        for block in bytes.as_chunks::<17>().0 {
+            let unit = (f32::from(block[0]) - 127.0).exp2();
+            for byte in &block[1..] {
+                for code in [byte & 15, byte >> 4] {
+                    squares += (MXFP4_MAGNITUDES[usize::from(code & 7)] * unit).powi(2);
+                }
+            }
+        }
+        let std = (squares / 32_000.0).sqrt();
+        assert!((std / 0.02 - 1.0).abs() < 0.03, "{std}");
     }
 
     /// Scales and minima come back out of their 12 bytes as ggml's `get_scale_min_k4` takes them.

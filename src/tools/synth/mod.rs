@@ -7,6 +7,9 @@
 mod arch;
 pub mod blocks;
 pub(super) mod file;
+mod gemma3n;
+mod roles;
+pub mod router;
 pub mod shape;
 pub mod tensors;
 mod vocab;
@@ -41,6 +44,8 @@ pub struct Spec {
     pub shape: Shape,
     /// Where all randomness comes from.
     pub seed: u64,
+    /// How unevenly the experts are used: 0 = alike, see [`router`].
+    pub router_skew: f32,
     /// Cut into files of at most this size, where a single tensor is not larger.
     pub split_bytes: Option<u64>,
     /// Replace what is there.
@@ -213,7 +218,7 @@ fn describe(metadata: &mut Metadata, shape: &Shape) {
     set("rope.dimension_count", shape.head_dim);
     set("vocab_size", shape.vocab);
     match shape.arch {
-        Arch::Qwen3Moe => {
+        Arch::Qwen3Moe | Arch::GptOss => {
             set("feed_forward_length", shape.ffn * shape.experts_used);
             set("expert_feed_forward_length", shape.ffn);
         }
@@ -223,8 +228,16 @@ fn describe(metadata: &mut Metadata, shape: &Shape) {
         set("expert_count", shape.experts);
         set("expert_used_count", shape.experts_used);
     }
-    if shape.arch == Arch::Gemma3 {
-        set("attention.sliding_window", shape.ctx.min(1024));
+    match shape.arch {
+        Arch::Gemma3 => set("attention.sliding_window", shape.ctx.min(1024)),
+        Arch::Gemma3n => {
+            set("attention.sliding_window", shape.ctx.min(512));
+            set("embedding_length_per_layer_input", gemma3n::PER_LAYER_WIDTH);
+            set("altup.active_idx", 0);
+            set("altup.num_inputs", gemma3n::STREAMS);
+        }
+        Arch::GptOss => set("attention.sliding_window", shape.ctx.min(128)),
+        _ => {}
     }
     let base = match shape.arch {
         Arch::Llama => 10_000.0,
@@ -294,10 +307,15 @@ fn write_shard(
         Writer::new(output, &shard.metadata, announced, ALIGNMENT_BYTES).map_err(context)?;
     let mut done_bytes = 0;
     for tensor in &shard.tensors {
-        write_tensor(spec.seed, tensor, pools, &mut writer, stop, &mut |bytes| {
+        let mut report = |bytes| {
             done_bytes += bytes;
             progress(done_bytes);
-        })
+        };
+        let profile = router::Profile::of(spec, tensor);
+        match profile {
+            Some(profile) => write_router(&profile, tensor, pools, &mut writer, &mut report),
+            None => write_tensor(spec.seed, tensor, pools, &mut writer, stop, &mut report),
+        }
         .map_err(context)?;
     }
     let mut output = writer.finish().map_err(context)?;
@@ -337,6 +355,27 @@ fn write_tensor<W: Write>(
     Ok(())
 }
 
+/// A router whose rows are not alike. It is small, so it is made in memory.
+fn write_router<W: Write>(
+    profile: &router::Profile,
+    tensor: &Tensor,
+    pools: &mut Pools,
+    writer: &mut Writer<W>,
+    progress: &mut impl FnMut(u64),
+) -> Result<()> {
+    let mut random = Random::new(&[pools.seed, name_hash(&tensor.name)]);
+    let mut bytes = Vec::with_capacity(tensor.bytes() as usize);
+    while (bytes.len() as u64) < tensor.bytes() {
+        let left_bytes = tensor.bytes() - bytes.len() as u64;
+        let pool = pools.get(tensor.kind, tensor.fill);
+        bytes.extend_from_slice(pool.piece(&mut random, left_bytes));
+    }
+    profile.apply(&mut bytes);
+    writer.write(&bytes)?;
+    progress(tensor.bytes());
+    Ok(())
+}
+
 /// FNV-1a: a tensor's place in the pools follows from its name alone, so a split changes no weight.
 fn name_hash(name: &str) -> u64 {
     name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
@@ -360,6 +399,7 @@ mod tests {
         Spec {
             shape: Shape::choose(arch, quant, &wish).unwrap(),
             seed,
+            router_skew: 0.0,
             split_bytes: None,
             force: false,
         }

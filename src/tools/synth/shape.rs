@@ -198,7 +198,7 @@ impl Shape {
                 Ok(())
             } else {
                 Err(invalid(format!(
-                    "{} has no experts; mixtral and qwen3moe do",
+                    "{} has no experts; mixtral, qwen3moe and gpt-oss do",
                     self.arch
                 )))
             };
@@ -233,6 +233,7 @@ fn fill(arch: Arch, quant: Quant, wish: &Wish, embd: u64, vocab: u64) -> Shape {
     let (experts, experts_used, ffn) = match arch {
         Arch::Mixtral => (8, 2, embd * 11 / 4),
         Arch::Qwen3Moe => (16, 4, embd * 3 / 8),
+        Arch::GptOss => (16, 4, embd),
         _ => (0, 0, embd * 11 / 4),
     };
     let experts = wish.experts.unwrap_or(experts);
@@ -249,7 +250,7 @@ fn fill(arch: Arch, quant: Quant, wish: &Wish, embd: u64, vocab: u64) -> Shape {
         experts,
         experts_used: wish.experts_used.unwrap_or(experts_used.min(experts)),
         ctx: wish.ctx.unwrap_or(4096),
-        tied: wish.tied || arch == Arch::Gemma3,
+        tied: wish.tied || arch.is_always_tied(),
     }
 }
 

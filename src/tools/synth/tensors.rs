@@ -5,6 +5,8 @@
 //! a matrix has 1/sqrt(row length), the last matrix of each residual branch also 1/sqrt(2 * layers).
 
 use super::blocks::Kind;
+use super::gemma3n;
+use super::roles::roles;
 use super::shape::{Arch, Quant, Shape};
 use super::vocab::QUIET_TOKENS;
 
@@ -14,6 +16,8 @@ const LOGIT_STD: f32 = 3.0;
 const QUIET: f32 = 0.25;
 /// Norms, biases and routers differ by this much from row to row, so that a wrong one shows.
 const NORM_STD: f32 = 0.1;
+/// Of gpt-oss; its logits have a standard deviation of 1 before [`super::router`] weakens some.
+const ROUTER_BIAS_STD: f32 = 0.02;
 
 /// How a tensor's weights are drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -27,7 +31,7 @@ pub struct Fill {
 }
 
 impl Fill {
-    const fn matrix(std: f32) -> Self {
+    pub(super) const fn matrix(std: f32) -> Self {
         Self {
             mean: 0.0,
             std,
@@ -35,10 +39,10 @@ impl Fill {
         }
     }
 
-    const fn norm(mean: f32) -> Self {
+    pub(super) const fn norm(mean: f32) -> Self {
         Self {
             mean,
-            std: NORM_STD * mean,
+            std: NORM_STD * mean.abs(),
             quiet_rows: 0,
         }
     }
@@ -81,91 +85,6 @@ impl Tensor {
     }
 }
 
-/// The roles of a layer's tensors, in file order.
-const fn roles(arch: Arch) -> &'static [&'static str] {
-    match arch {
-        Arch::Llama => &[
-            "attn_norm.weight",
-            "ffn_down.weight",
-            "ffn_gate.weight",
-            "ffn_up.weight",
-            "ffn_norm.weight",
-            "attn_k.weight",
-            "attn_output.weight",
-            "attn_q.weight",
-            "attn_v.weight",
-        ],
-        Arch::Qwen2 => &[
-            "attn_norm.weight",
-            "ffn_down.weight",
-            "ffn_gate.weight",
-            "ffn_up.weight",
-            "ffn_norm.weight",
-            "attn_k.bias",
-            "attn_k.weight",
-            "attn_output.weight",
-            "attn_q.bias",
-            "attn_q.weight",
-            "attn_v.bias",
-            "attn_v.weight",
-        ],
-        Arch::Qwen3 => &[
-            "attn_norm.weight",
-            "ffn_down.weight",
-            "ffn_gate.weight",
-            "ffn_up.weight",
-            "ffn_norm.weight",
-            "attn_k_norm.weight",
-            "attn_k.weight",
-            "attn_output.weight",
-            "attn_q_norm.weight",
-            "attn_q.weight",
-            "attn_v.weight",
-        ],
-        Arch::Gemma3 => &[
-            "attn_norm.weight",
-            "ffn_down.weight",
-            "ffn_gate.weight",
-            "ffn_up.weight",
-            "post_attention_norm.weight",
-            "post_ffw_norm.weight",
-            "ffn_norm.weight",
-            "attn_k_norm.weight",
-            "attn_k.weight",
-            "attn_output.weight",
-            "attn_q_norm.weight",
-            "attn_q.weight",
-            "attn_v.weight",
-        ],
-        Arch::Mixtral => &[
-            "ffn_gate_inp.weight",
-            "ffn_gate_exps.weight",
-            "ffn_down_exps.weight",
-            "ffn_up_exps.weight",
-            "attn_norm.weight",
-            "ffn_norm.weight",
-            "attn_k.weight",
-            "attn_output.weight",
-            "attn_q.weight",
-            "attn_v.weight",
-        ],
-        Arch::Qwen3Moe => &[
-            "attn_norm.weight",
-            "ffn_down_exps.weight",
-            "ffn_gate_exps.weight",
-            "ffn_up_exps.weight",
-            "ffn_gate_inp.weight",
-            "ffn_norm.weight",
-            "attn_k_norm.weight",
-            "attn_k.weight",
-            "attn_output.weight",
-            "attn_q_norm.weight",
-            "attn_q.weight",
-            "attn_v.weight",
-        ],
-    }
-}
-
 /// All tensors of a model, in file order.
 #[must_use]
 pub fn list(shape: &Shape) -> Vec<Tensor> {
@@ -181,6 +100,9 @@ pub fn list(shape: &Shape) -> Vec<Tensor> {
 /// The embeddings, which stand before the layers, and what stands behind them.
 fn outside(shape: &Shape) -> Vec<Tensor> {
     let mut tensors = vec![token_embd(shape)];
+    if shape.arch == Arch::Gemma3n {
+        tensors.extend(gemma3n::outside(shape));
+    }
     tensors.push(Tensor {
         name: "output_norm.weight".to_owned(),
         shape: vec![shape.embd],
@@ -222,7 +144,7 @@ pub fn totals(shape: &Shape) -> (u64, u64) {
     (bytes, elements)
 }
 
-fn root(count: u64) -> f32 {
+pub(super) fn root(count: u64) -> f32 {
     (count as f32).sqrt()
 }
 
@@ -230,7 +152,7 @@ fn root(count: u64) -> f32 {
 /// token predict itself, and the greedy choice would never leave it. gemma multiplies them by sqrt(embd).
 fn embd_std(shape: &Shape) -> f32 {
     match (shape.arch, shape.tied) {
-        (Arch::Gemma3, _) => 0.05 / root(shape.embd),
+        (Arch::Gemma3 | Arch::Gemma3n, _) => 0.05 / root(shape.embd),
         (_, true) => 0.2 / root(shape.embd),
         (_, false) => 0.5,
     }
@@ -239,7 +161,7 @@ fn embd_std(shape: &Shape) -> f32 {
 /// Strength of the residual stream's first value, the embedding.
 fn embd_strength(shape: &Shape) -> f32 {
     match shape.arch {
-        Arch::Gemma3 => embd_std(shape) * root(shape.embd),
+        Arch::Gemma3 | Arch::Gemma3n => embd_std(shape) * root(shape.embd),
         _ => embd_std(shape),
     }
 }
@@ -327,8 +249,15 @@ fn layer_parts(shape: &Shape, layer: u64, role: &str) -> (Vec<u64>, Kind, Fill) 
         Arch::Gemma3 => (1.0, 1.0),
         _ => (attention_strength(shape, layer), branch_strength(shape)),
     };
+    if shape.arch == Arch::Gemma3n
+        && let Some(parts) = gemma3n::layer_parts(shape, role)
+    {
+        return parts;
+    }
     match role {
         "attn_norm.weight" | "ffn_norm.weight" => vector(embd, Fill::norm(1.0)),
+        // gpt-oss calls the norm in front of its experts so.
+        "post_attention_norm.weight" if shape.arch == Arch::GptOss => vector(embd, Fill::norm(1.0)),
         "post_attention_norm.weight" => vector(embd, Fill::norm(attention_strength(shape, layer))),
         "post_ffw_norm.weight" => vector(embd, Fill::norm(branch_strength(shape))),
         // Twice the usual strength of queries: attention that looks somewhere.
@@ -341,6 +270,18 @@ fn layer_parts(shape: &Shape, layer: u64, role: &str) -> (Vec<u64>, Kind, Fill) 
         "attn_output.weight" => matrix(q_width, &[embd], attention),
         "ffn_gate.weight" | "ffn_up.weight" => matrix(embd, &[ffn], 1.0),
         "ffn_down.weight" => matrix(ffn, &[embd], feed_forward),
+        "attn_output.bias" => vector(embd, Fill::matrix(NORM_STD * attention)),
+        "attn_sinks.weight" => vector(shape.heads, Fill::matrix(1.0)),
+        "ffn_gate_exps.bias" | "ffn_up_exps.bias" => {
+            (vec![ffn, experts], Kind::F32, Fill::matrix(NORM_STD))
+        }
+        "ffn_down_exps.bias" => (
+            vec![embd, experts],
+            Kind::F32,
+            Fill::matrix(NORM_STD * feed_forward),
+        ),
+        // Weak: the state decides, not the bias.
+        "ffn_gate_inp.bias" => vector(experts, Fill::matrix(ROUTER_BIAS_STD)),
         "ffn_gate_inp.weight" => (
             vec![embd, experts],
             Kind::F32,
@@ -355,6 +296,9 @@ fn layer_parts(shape: &Shape, layer: u64, role: &str) -> (Vec<u64>, Kind, Fill) 
 /// llama.cpp's choice for Q4_K_M (llama-quant.cpp): half of the value and down projections get more bits, and with
 /// eight experts attention, small beside them, gets still more.
 fn matrix_kind(shape: &Shape, layer: u64, role: &str) -> Kind {
+    if shape.quant == Quant::Mxfp4 && role.contains("_exps.") {
+        return Kind::Mxfp4;
+    }
     if shape.quant != Quant::Q4KM {
         return shape.quant.kind();
     }
@@ -428,7 +372,8 @@ mod tests {
         for arch in Arch::ALL {
             let shape = shape(arch, Quant::Q8_0, false);
             let tensors = list(&shape);
-            let outside = if shape.tied { 2 } else { 3 };
+            let outside =
+                if shape.tied { 2 } else { 3 } + if arch == Arch::Gemma3n { 5 } else { 0 };
             assert_eq!(tensors.len(), 16 * roles(arch).len() + outside);
             assert!(tensors.iter().all(|tensor| tensor.elements() > 0));
         }
