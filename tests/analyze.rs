@@ -237,6 +237,7 @@ fn the_text_is_a_table_with_a_command() {
         "streamed",
         "1.6",
         "with only the chosen ones",
+        "computing is left out",
         "flea run zaya1-8b.gguf --memory 2048MiB --ctx 4096",
     ] {
         assert!(text.contains(part), "no '{part}' in\n{text}");

@@ -131,6 +131,13 @@ impl DeviceReport {
         }
     }
 
+    /// Whether its speed is only a bound of what is read.
+    fn leaves_compute_out(&self) -> bool {
+        let plan = self.plan.as_ref();
+        let predicted = plan.and_then(|plan| plan.prediction);
+        self.tokens_per_second.is_some() && predicted.is_none_or(|p| p.compute_seconds == 0.0)
+    }
+
     /// Whether it runs at all.
     pub(super) const fn runs(&self) -> bool {
         self.exit_code != Verdict::Infeasible.exit_code()
@@ -178,38 +185,48 @@ impl Report {
             self.component_table(),
             self.device_table()
         );
+        let notes = self.notes();
+        if !notes.is_empty() {
+            let _ = write!(text, "\n{}\n", notes.join("\n"));
+        }
+        let mut runs = Table::fields();
         for device in &self.devices {
-            if let Some(rate) = device.chosen_experts_tokens_per_second {
-                let bytes = HumanBytes(device.chosen_experts_bytes_per_token.unwrap_or(0));
-                let _ = write!(
-                    text,
-                    "\n{}: flea reads a layer with all its experts; with only the chosen ones, {bytes} per token, {} tokens/s",
-                    device.name,
-                    rate_text(Some(rate))
-                );
+            if let Some(command) = &device.command {
+                runs.field(&device.name, command);
             }
         }
-        for device in self
-            .devices
-            .iter()
-            .filter(|device| device.runs() && device.command.is_none())
-        {
-            let _ = write!(
-                text,
-                "\n{}: a bound only; flea run keeps per-layer tables in memory and does not stream layers beside them",
-                device.name
+        let runs = runs.to_string();
+        if !runs.is_empty() {
+            let _ = write!(text, "\n{runs}");
+        }
+        text
+    }
+
+    /// What the tables do not say.
+    fn notes(&self) -> Vec<String> {
+        let mut notes = Vec::new();
+        if self.devices.iter().any(DeviceReport::leaves_compute_out) {
+            notes.push(
+                "tokens/s are what the drive, or the memory, allows; computing is left out"
+                    .to_owned(),
             );
         }
-        let commands = self
-            .devices
-            .iter()
-            .filter_map(|device| Some((&device.name, device.command.as_ref()?)));
-        let mut runs = Table::fields();
-        for (name, command) in commands {
-            runs.field(name, command);
+        for device in &self.devices {
+            let name = &device.name;
+            if let Some(rate) = device.chosen_experts_tokens_per_second {
+                let bytes = HumanBytes(device.chosen_experts_bytes_per_token.unwrap_or(0));
+                let rate = rate_text(Some(rate));
+                notes.push(format!(
+                    "{name}: flea reads a layer with all its experts; with only the chosen ones, {bytes} per token, {rate} tokens/s"
+                ));
+            }
+            if device.runs() && device.command.is_none() {
+                notes.push(format!(
+                    "{name}: a bound only; flea run keeps per-layer tables in memory and does not stream layers beside them"
+                ));
+            }
         }
-        let _ = write!(text, "\n{runs}");
-        text
+        notes
     }
 
     fn head(&self) -> Table {
