@@ -352,6 +352,7 @@ fn the_geometry_of_a_gguf_is_what_synth_was_asked_for() {
                 seed: 1,
                 split_bytes: None,
                 force: false,
+                router_skew: 0.0,
             };
             generate(&spec, &path, &AtomicBool::new(false), |_, _| {}).unwrap();
             let (catalog, _) = read_catalog(&path).unwrap();
@@ -393,12 +394,13 @@ fn the_geometry_of_a_gguf_is_what_synth_was_asked_for() {
             if let Some(experts) = model.experts() {
                 assert_eq!(experts.each_parameter_count, 3 * shape.embd * shape.ffn);
             }
-            // Gemma 3: five layers with a window, then one without.
+            // Gemma 3: five layers with a window, then one without; Gemma 3n: four; gpt-oss: every other layer.
             let windowed = |block: &&Block| block.attention.unwrap().kind() == KvKind::Windowed;
-            let expected = if arch == Arch::Gemma3 {
-                shape.layers - shape.layers / 6
-            } else {
-                0
+            let expected = match arch {
+                Arch::Gemma3 => shape.layers - shape.layers / 6,
+                Arch::Gemma3n => shape.layers - shape.layers / 5,
+                Arch::GptOss => shape.layers.div_ceil(2),
+                _ => 0,
             };
             assert_eq!(
                 model.blocks.iter().filter(windowed).count() as u64,
