@@ -14,6 +14,7 @@
 //! lease -> host.
 
 pub mod budget;
+pub mod policy;
 pub mod predict;
 mod residency;
 mod ring;
@@ -29,6 +30,7 @@ use crate::units::{Extent, HumanBytes, MIB, PAGE_2M, PAGE_4K};
 use residency::{Ground, Need};
 
 pub use budget::Budget;
+pub use policy::{Admission, Policy, PolicyKind};
 pub use predict::{Prediction, compute_seconds, peak_bytes, predict};
 
 /// Fewest slots: 1 that the host computes with, + 1 that is filled meanwhile. With fewer, drive and host take turns.
