@@ -15,10 +15,12 @@ use crate::error::Result;
 use crate::io::profile::{self, Device, Found};
 use crate::model::Catalog;
 use crate::plan::budget::{HostShape, resolve_and_plan, smallest_total_bytes};
+use crate::plan::experts::has_experts;
 use crate::plan::{
-    Budget, Plan, PlanOptions, SLOTS_DEFAULT, SLOTS_MAX, SLOTS_MIN, default_page_bytes, peak_bytes,
+    Budget, ExpertOptions, ExpertPlan, Method, Plan, PlanOptions, SLOTS_DEFAULT, SLOTS_MAX,
+    SLOTS_MIN, default_page_bytes, peak_bytes,
 };
-use crate::units::{HumanBytes, MemorySpec};
+use crate::units::{HumanBytes, MemorySpec, PAGE_4K};
 
 pub mod prediction;
 
@@ -80,6 +82,14 @@ pub struct Args {
     /// Seconds that computing one token takes with all weights in memory, for the prediction [default: the profile]
     #[arg(long, value_name = "S", value_parser = not_negative)]
     pub compute_seconds: Option<f64>,
+
+    /// Stream a layer with all its experts instead of fetching those that are chosen
+    #[arg(long)]
+    pub whole_experts: bool,
+
+    /// How unevenly experts are chosen, for the prediction: the exponent of a Zipf law, 0 = all alike
+    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = not_negative)]
+    pub expert_skew: f64,
 
     /// Show every layer
     #[arg(long)]
@@ -157,6 +167,8 @@ struct Report {
     slot_bytes: u64,
     layers_count: u32,
     transient_layers_count: u32,
+    /// The cache of experts; `null` where layers are streamed with all they have.
+    experts: Option<ExpertReport>,
     /// The most the host will hold, once its context is full and a prompt has filled a ubatch.
     peak_memory_bytes: u64,
     /// Where the prediction's figures come from.
@@ -165,6 +177,50 @@ struct Report {
     prediction: Option<PredictionReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
     layers: Option<Vec<LayerReport>>,
+}
+
+#[derive(Debug, Serialize)]
+struct ExpertReport {
+    cache_bytes: u64,
+    experts_bytes: u64,
+    /// Resident because two experts share the page.
+    shared_bytes: u64,
+    units_count: usize,
+    slots_count: u32,
+    used_per_layer_count: u32,
+    /// What the hit rate is predicted from.
+    skew: f64,
+    hit_rate: f64,
+    used_bytes_per_token: u64,
+}
+
+impl ExpertReport {
+    fn new(plan: &ExpertPlan) -> Self {
+        Self {
+            cache_bytes: plan.cache_bytes,
+            experts_bytes: plan.experts_bytes,
+            shared_bytes: plan.shared_bytes,
+            units_count: plan.units.len(),
+            slots_count: plan.slots_count(),
+            used_per_layer_count: plan.used_count,
+            skew: plan.skew,
+            hit_rate: plan.hit_rate,
+            used_bytes_per_token: plan.used_bytes_per_token,
+        }
+    }
+
+    fn text(&self) -> String {
+        format!(
+            "{} of {} in {} slots for {} experts' parts; {} per layer and token, predicted hit rate {:.0} % at skew {}",
+            HumanBytes(self.cache_bytes),
+            HumanBytes(self.experts_bytes),
+            self.slots_count,
+            self.units_count,
+            self.used_per_layer_count,
+            self.hit_rate * 100.0,
+            self.skew
+        )
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -185,14 +241,9 @@ impl Report {
     /// Plans `catalog` as `args` say. `available_bytes`: what this process may hold.
     fn new(args: &Args, catalog: &Catalog, available_bytes: u64, found: &Found) -> Result<Self> {
         let host_bytes = args.host_bytes.unwrap_or_else(|| estimate(args, catalog));
-        let options = PlanOptions {
-            slots_count: args.slots,
-            page_bytes: args
-                .page_bytes
-                .unwrap_or_else(|| default_page_bytes(catalog)),
-        };
+        let method = method(args, catalog);
         let (budget, plan) =
-            resolve_and_plan(catalog, args.memory, available_bytes, host_bytes, &options)?;
+            resolve_and_plan(catalog, args.memory, available_bytes, host_bytes, &method)?;
         let basis = Basis::new(args.drive_gbps, args.compute_seconds, found, catalog, &plan);
         let prediction = basis
             .map(|basis| PredictionReport::new(&plan, &basis))
@@ -229,6 +280,7 @@ impl Report {
             slot_bytes: plan.slot_bytes(),
             layers_count: u32::try_from(plan.layers.len()).unwrap_or(u32::MAX),
             transient_layers_count: plan.transient_layers_count(),
+            experts: plan.experts.as_ref().map(ExpertReport::new),
             peak_memory_bytes: peak_bytes(plan, budget.host_bytes),
             profile: String::new(),
             prediction: None,
@@ -272,15 +324,25 @@ impl Report {
                 size(self.always_resident_bytes)
             ),
         );
-        table.field("  ring", self.ring_text());
+        match &self.experts {
+            Some(experts) => table.field("  experts' cache", experts.text()),
+            None => table.field("  ring", self.ring_text()),
+        };
         table.field(
-            "streamed per pass",
-            format_args!(
-                "{} in {} of {} layers",
-                size(self.streamed_bytes_per_pass),
-                self.transient_layers_count,
-                self.layers_count
-            ),
+            self.streamed_label(),
+            match &self.experts {
+                Some(experts) => format!(
+                    "{} of the {} of experts that a token uses",
+                    size(self.streamed_bytes_per_pass),
+                    size(experts.used_bytes_per_token)
+                ),
+                None => format!(
+                    "{} in {} of {} layers",
+                    size(self.streamed_bytes_per_pass),
+                    self.transient_layers_count,
+                    self.layers_count
+                ),
+            },
         );
         table.field(
             "smallest total",
@@ -299,6 +361,13 @@ impl Report {
         table
     }
 
+    const fn streamed_label(&self) -> &'static str {
+        match self.experts {
+            Some(_) => "read per token",
+            None => "streamed per pass",
+        }
+    }
+
     fn ring_text(&self) -> String {
         if self.slots_count == 0 {
             return "none: everything is resident".to_owned();
@@ -311,6 +380,24 @@ impl Report {
             HumanBytes(self.page_bytes)
         )
     }
+}
+
+/// As `flea run` would plan.
+fn method(args: &Args, catalog: &Catalog) -> Method {
+    let layers = PlanOptions {
+        slots_count: args.slots,
+        page_bytes: args
+            .page_bytes
+            .unwrap_or_else(|| default_page_bytes(catalog)),
+    };
+    if args.whole_experts || !has_experts(catalog) {
+        return Method::Layers(layers);
+    }
+    let experts = ExpertOptions {
+        page_bytes: args.page_bytes.unwrap_or(PAGE_4K),
+        skew: args.expert_skew,
+    };
+    Method::Experts { layers, experts }
 }
 
 /// What `flea run` with its defaults would hold besides the weights.
