@@ -253,7 +253,8 @@ ggml_status compute_routed(Stream & stream, ggml_cgraph * graph, const Step & st
             if (other->src[2] != node->src[2] || other->src[0]->ne[2] != node->src[0]->ne[2]) { break; }
             for (const int32_t expert : experts) { lease.ranges.push_back(range_of(other, expert)); }
         }
-        *status = lease.take(stream);
+        // The last layer of a batch of which nobody wants a result has no rows.
+        *status = experts.empty() ? FLEA_OK : lease.take(stream);
         if (*status == FLEA_OK) {
             computed = compute_nodes(stream, graph, routed, end);
             at = end;

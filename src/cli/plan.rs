@@ -17,13 +17,15 @@ use crate::model::Catalog;
 use crate::plan::budget::{HostShape, resolve_and_plan, smallest_total_bytes};
 use crate::plan::experts::has_experts;
 use crate::plan::{
-    Budget, ExpertOptions, ExpertPlan, Method, Plan, PlanOptions, SLOTS_DEFAULT, SLOTS_MAX,
-    SLOTS_MIN, default_page_bytes, peak_bytes,
+    Budget, ExpertOptions, Method, Plan, PlanOptions, SLOTS_DEFAULT, SLOTS_MAX, SLOTS_MIN,
+    default_page_bytes, peak_bytes,
 };
 use crate::units::{HumanBytes, MemorySpec, PAGE_4K};
 
+mod experts;
 pub mod prediction;
 
+use experts::ExpertReport;
 use prediction::{Basis, PredictionReport};
 
 /// Context that `flea run` takes unless told otherwise, or the model's if that is shorter.
@@ -177,50 +179,6 @@ struct Report {
     prediction: Option<PredictionReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
     layers: Option<Vec<LayerReport>>,
-}
-
-#[derive(Debug, Serialize)]
-struct ExpertReport {
-    cache_bytes: u64,
-    experts_bytes: u64,
-    /// Resident because two experts share the page.
-    shared_bytes: u64,
-    units_count: usize,
-    slots_count: u32,
-    used_per_layer_count: u32,
-    /// What the hit rate is predicted from.
-    skew: f64,
-    hit_rate: f64,
-    used_bytes_per_token: u64,
-}
-
-impl ExpertReport {
-    fn new(plan: &ExpertPlan) -> Self {
-        Self {
-            cache_bytes: plan.cache_bytes,
-            experts_bytes: plan.experts_bytes,
-            shared_bytes: plan.shared_bytes,
-            units_count: plan.units.len(),
-            slots_count: plan.slots_count(),
-            used_per_layer_count: plan.used_count,
-            skew: plan.skew,
-            hit_rate: plan.hit_rate,
-            used_bytes_per_token: plan.used_bytes_per_token,
-        }
-    }
-
-    fn text(&self) -> String {
-        format!(
-            "{} of {} in {} slots for {} experts' parts; {} per layer and token, predicted hit rate {:.0} % at skew {}",
-            HumanBytes(self.cache_bytes),
-            HumanBytes(self.experts_bytes),
-            self.slots_count,
-            self.units_count,
-            self.used_per_layer_count,
-            self.hit_rate * 100.0,
-            self.skew
-        )
-    }
 }
 
 #[derive(Debug, Serialize)]

@@ -450,7 +450,7 @@ impl State {
     pub fn published(&mut self, fetch: u32) {
         self.fetches[fetch as usize].phase = Phase::Ready;
         self.unit_settled(fetch, false);
-        self.loads += u64::from(self.layout.fetches[fetch as usize].transient_of.is_some());
+        self.loads += u64::from(self.fetches[fetch as usize].slot.is_some());
         for index in 0..self.layers_of_fetch[fetch as usize].len() {
             let layer = self.layers_of_fetch[fetch as usize][index];
             if self.ready(layer, Need::Whole) {

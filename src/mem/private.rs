@@ -96,6 +96,7 @@ impl Private {
             geometry.place(&windows, &unit.run)?;
         }
         let expert_slots = experts.map_or(0, ExpertPlan::slots_count);
+        check_mappings(experts)?;
         // From here on `store` gives back what it has, whatever fails.
         let mut store = Self {
             geometry,
@@ -517,6 +518,28 @@ impl Drop for Parking {
         if let Err(error) = unsafe { host::unmap(self.base, self.len) } {
             log::error!("parking range not given back: {error}");
         }
+    }
+}
+
+/// Every unit's place is a mapping, or a hole between two, and so are the pages beside it; a slot may have a page parked.
+fn check_mappings(experts: Option<&ExpertPlan>) -> Result<()> {
+    let Some(experts) = experts else {
+        return Ok(());
+    };
+    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count");
+    let limit = limit.ok().and_then(|text| text.trim().parse::<u64>().ok());
+    let needed = 2 * experts.units.len() as u64 + 2 * u64::from(experts.slots_count()) + 4096;
+    match limit {
+        Some(limit) if needed > limit => Err(Error::new(
+            ErrorKind::NoMemory,
+            format!(
+                "{} parts of experts need up to {needed} mappings and the system allows {limit}; raise it (sysctl \
+                 vm.max_map_count={}), or stream experts with their layer (--whole-experts, FLEA_EXPERTS=off)",
+                experts.units.len(),
+                needed.next_power_of_two()
+            ),
+        )),
+        _ => Ok(()),
     }
 }
 

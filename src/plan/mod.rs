@@ -296,7 +296,10 @@ impl Method {
         match self {
             Self::Layers(options) => plan(catalog, weight_budget_bytes, options),
             Self::Experts { layers, experts } => match plan(catalog, weight_budget_bytes, layers) {
-                Ok(plan) if plan.is_resident() => Ok(plan),
+                Ok(plan) if plan.is_resident() => Ok(Plan {
+                    smallest_budget_bytes: self.smallest_budget_bytes(catalog)?,
+                    ..plan
+                }),
                 _ => experts::plan(catalog, weight_budget_bytes, experts),
             },
         }
