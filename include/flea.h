@@ -238,6 +238,14 @@ typedef struct flea_tensor {
   const char *name;
 } flea_tensor;
 
+// A range of a model's addresses.
+typedef struct flea_range {
+  // Its first byte.
+  const void *addr;
+  // Its length.
+  uint64_t bytes;
+} flea_range;
+
 // Counters of a model since it was opened.
 typedef struct flea_stats_data {
   // sizeof(flea_stats_data), set by the caller.
@@ -283,14 +291,6 @@ typedef struct flea_stats_data {
   // Bytes read for them.
   uint64_t expert_bytes_read;
 } flea_stats_data;
-
-// A range of a model's addresses.
-typedef struct flea_range {
-  // Its first byte.
-  const void *addr;
-  // Its length.
-  uint64_t bytes;
-} flea_range;
 
 // A KV codec for vectors of one length. Opaque; it never changes, so any number of threads may use it at a time.
 typedef struct flea_kv {

@@ -281,12 +281,18 @@ fn check_experts(arch: &str, dtype: &str) {
                 number(&result, "expert_hits"),
                 number(&result, "expert_misses"),
             );
-            assert!(hits > 0.0 && misses > 0.0, "{what}: {result}");
+            // The smallest cache holds one layer: what it held is gone when its turn comes again.
+            assert!(
+                (hits > 0.0 || memory == least) && misses > 0.0,
+                "{what}: {result}"
+            );
             assert!(
                 number(&result, "expert_cuts") >= 12.0 * 6.0,
                 "{what}: {result}"
             );
-            let each = number(experts, "experts_bytes") / number(experts, "units_count");
+            // Pages that two experts share are read once and stay.
+            let own = number(experts, "experts_bytes") - number(experts, "shared_bytes");
+            let each = own / number(experts, "units_count");
             let read = number(&result, "expert_bytes_read");
             assert!(
                 (read / (misses * each) - 1.0).abs() < 0.05,
