@@ -483,6 +483,57 @@ fn only_models_in_allowed_directories_are_opened() {
     assert_eq!(relative.expect_err("relative").kind(), ErrorKind::Invalid);
 }
 
+#[test]
+fn a_model_that_is_replaced_is_opened_anew_once_nobody_uses_the_old_one() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("m.gguf");
+    std::fs::copy(model(), &path).expect("copy");
+    let daemon = Daemon::start_in(directory.path(), &[]);
+    let before = daemon.attach(&path);
+    walk(&before, &path, 1);
+    let mut bytes = std::fs::read(&path).expect("read");
+    let half = bytes.len() / 2;
+    bytes[half..].iter_mut().for_each(|byte| *byte ^= 0x55);
+    let other = directory.path().join("other");
+    std::fs::write(&other, bytes).expect("write");
+    std::fs::rename(&other, &path).expect("rename");
+    let error = Attached::open(&daemon.socket, &path).expect_err("two models of one name");
+    assert_eq!(error.kind(), ErrorKind::Changed, "{error}");
+    drop(before);
+    daemon.until("it left", Duration::from_secs(10), |s| s.clients.is_empty());
+    walk(&daemon.attach(&path), &path, 1);
+    assert_eq!(daemon.status().models.len(), 1);
+}
+
+/// A kick that is left behind wakes nobody; a user's many requests keep nobody's lease waiting.
+#[test]
+fn a_kick_left_behind_does_not_keep_the_daemon_awake() {
+    let path = model();
+    let daemon = Daemon::start(&[]);
+    let mut control = daemon.control();
+    let attach = json!({ "path": path });
+    let packet = control.exchange(Method::Attach, &attach).expect("attach");
+    let kick = &packet.descriptors[2];
+    control.call(Method::Detach, &json!({})).expect("detach");
+    nix::unistd::write(kick, &1u64.to_ne_bytes()).expect("kick");
+    drop(control);
+    let ticks = || {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", daemon.pid())).expect("stat");
+        let after = stat.rsplit(')').next().expect("fields");
+        // utime and stime: fields 14 and 15 of proc(5), of which two and a blank are cut off.
+        let field = |index: usize| after.split(' ').nth(index).and_then(|f| f.parse().ok());
+        let ticks: [Option<u64>; 2] = [field(12), field(13)];
+        ticks[0].expect("utime") + ticks[1].expect("stime")
+    };
+    let before = ticks();
+    std::thread::sleep(Duration::from_secs(2));
+    let spent = ticks() - before;
+    assert!(
+        spent < 60,
+        "{spent} of 200 ticks while nobody wants anything"
+    );
+}
+
 /// A connection that has said hello, or has not.
 fn raw(daemon: &Daemon) -> Socket {
     Socket::connect(&daemon.socket, Duration::from_secs(5)).expect("a connection")

@@ -26,6 +26,10 @@ enum Command {
     Inspect(cli::inspect::Args),
     /// Show what would be resident and what streamed, for a memory budget
     Plan(cli::plan::Args),
+    /// Say what a model needs and where it runs, before it is fetched or hardware bought
+    Analyze(cli::analyze::Args),
+    /// Say what a million tokens cost
+    Cost(cli::cost::Args),
     /// Measure the drive and the streaming of a model
     Bench(cli::bench::Args),
     /// Measure a drive and this machine's memory, and keep the result for the others
@@ -53,6 +57,8 @@ fn main() -> ExitCode {
         Command::Run(args) => cli::run::command(args),
         Command::Inspect(args) => cli::inspect::command(args).map(|()| ExitCode::SUCCESS),
         Command::Plan(args) => cli::plan::command(args).map(|()| ExitCode::SUCCESS),
+        Command::Analyze(args) => cli::analyze::command(args),
+        Command::Cost(args) => cli::cost::command(args),
         Command::Bench(args) => cli::bench::command(args),
         Command::Probe(args) => cli::probe::command(args),
         Command::Doctor(args) => cli::doctor::command(args),

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
 use crate::daemon::config::{self, Overrides};
 use crate::daemon::service::Service;
 use crate::daemon::{Listener, Server, notify};
@@ -95,6 +97,15 @@ impl Args {
     }
 }
 
+/// A client takes four descriptors, and most shells start programs with 1024. The hard limit is what we were granted.
+fn raise_descriptors() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(errno) = raised {
+        log::warn!("the limit of open files stays as it is: {errno}");
+    }
+}
+
 /// Serves until a signal ends it.
 ///
 /// # Errors
@@ -105,6 +116,7 @@ pub fn command(args: &Args, verbose: u8) -> Result<()> {
     super::start_daemon_logging(&loaded.config.log, verbose);
     super::warn_about_environment();
     let settings = loaded.settings()?;
+    raise_descriptors();
     let listener = match notify::listener()? {
         Some(fd) => Listener::inherited(fd)?,
         None => Listener::bind(&settings)?,

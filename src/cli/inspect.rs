@@ -379,7 +379,7 @@ fn human_count(count: u64) -> String {
 }
 
 /// Text of a file is data: control characters do not reach the terminal.
-fn printable(text: &str) -> String {
+pub(super) fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { '\u{fffd}' } else { c })
         .collect()

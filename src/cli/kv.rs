@@ -373,7 +373,8 @@ fn by_codec(cells: &[Cell], y: impl Fn(&Cell) -> f64) -> Vec<Series> {
 fn write_plots(folder: &Path, dim: usize, all: &[(Distribution, Vec<Cell>)]) -> Result<()> {
     let write = |name: String, plot: &Plot| {
         let path = folder.join(name);
-        std::fs::write(&path, plot.to_svg()).map_err(|error| Error::from_io(&error, path.display()))
+        std::fs::write(&path, plot.to_svg()?)
+            .map_err(|error| Error::from_io(&error, path.display()))
     };
     std::fs::create_dir_all(folder).map_err(|error| Error::from_io(&error, folder.display()))?;
     for (distribution, cells) in all {

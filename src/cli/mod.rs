@@ -4,11 +4,13 @@
 //! and hands the result to [`finish`]. Answers go to stdout, everything else to stderr. A reader of stdout that goes
 //! away (`flea inspect m.gguf | head`) is no failure. The last room before the programs: nothing depends on it.
 
+pub mod analyze;
 pub mod bench;
 #[cfg(feature = "run")]
 pub mod bench_predict;
 pub mod bench_raw;
 pub mod bench_suite;
+pub mod cost;
 pub mod ctl;
 pub mod doctor;
 pub mod flead;
@@ -68,11 +70,13 @@ Examples:
   flea bench stream big.gguf --memory 10% --passes 3
   flea bench raw big.gguf
   flea probe /models
+  flea analyze gemma4-e2b --context 32768 --device all
+  flea cost --tokens-per-second 7 --price 900 --watts 12
   flea kv bench --svg plots
 
 Sizes are written 4GiB, 4GB, 512M, or as a number of bytes; a memory budget also as a share of the model, 50%.
 Exit codes: 0 done, 1 failed, 2 usage, 3 daemon unreachable, 4 budget or resource refused, 5 not a model file or its \
-bytes are the cause, 130 interrupted.";
+bytes are the cause, 130 interrupted; of flea analyze also 10, 11, 12, its verdict.";
 
 /// True when the arguments ask for `--json`. Known before they are parsed, because a parse error must obey it too.
 #[must_use]

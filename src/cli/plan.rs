@@ -29,11 +29,11 @@ use experts::ExpertReport;
 use prediction::{Basis, PredictionReport};
 
 /// Context that `flea run` takes unless told otherwise, or the model's if that is shorter.
-const CONTEXT_DEFAULT_COUNT: u64 = 4096;
+pub(super) const CONTEXT_DEFAULT_COUNT: u64 = 4096;
 /// llama.cpp's cache holds a multiple of this.
 const CONTEXT_STEP_COUNT: u64 = 256;
 /// Tokens of a ubatch that `flea run` takes unless told otherwise.
-const UBATCH_DEFAULT_COUNT: u32 = 512;
+pub(super) const UBATCH_DEFAULT_COUNT: u32 = 512;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -115,14 +115,14 @@ fn slots(text: &str) -> std::result::Result<u32, String> {
     }
 }
 
-fn positive(text: &str) -> std::result::Result<f64, String> {
+pub(super) fn positive(text: &str) -> std::result::Result<f64, String> {
     match text.trim().parse::<f64>() {
         Ok(value) if value > 0.0 && value.is_finite() => Ok(value),
         _ => Err("must be a number above 0".to_owned()),
     }
 }
 
-fn not_negative(text: &str) -> std::result::Result<f64, String> {
+pub(super) fn not_negative(text: &str) -> std::result::Result<f64, String> {
     match text.trim().parse::<f64>() {
         Ok(value) if value >= 0.0 && value.is_finite() => Ok(value),
         _ => Err("must be a number, 0 or more".to_owned()),
@@ -148,35 +148,35 @@ pub fn command(args: &Args) -> Result<()> {
 
 /// The answer; its fields are those of `--json`.
 #[derive(Debug, Serialize)]
-struct Report {
-    model: String,
-    architecture: String,
-    model_bytes: u64,
-    total_bytes: u64,
-    host_bytes: u64,
+pub(super) struct Report {
+    pub(super) model: String,
+    pub(super) architecture: String,
+    pub(super) model_bytes: u64,
+    pub(super) total_bytes: u64,
+    pub(super) host_bytes: u64,
     /// False when `--host-bytes` was given.
-    host_bytes_estimated: bool,
-    weight_budget_bytes: u64,
-    always_resident_bytes: u64,
-    resident_bytes: u64,
-    ring_bytes: u64,
-    streamed_bytes_per_pass: u64,
-    resident_share: f64,
-    smallest_budget_bytes: u64,
-    smallest_total_bytes: u64,
-    page_bytes: u64,
-    slots_count: u32,
-    slot_bytes: u64,
-    layers_count: u32,
-    transient_layers_count: u32,
+    pub(super) host_bytes_estimated: bool,
+    pub(super) weight_budget_bytes: u64,
+    pub(super) always_resident_bytes: u64,
+    pub(super) resident_bytes: u64,
+    pub(super) ring_bytes: u64,
+    pub(super) streamed_bytes_per_pass: u64,
+    pub(super) resident_share: f64,
+    pub(super) smallest_budget_bytes: u64,
+    pub(super) smallest_total_bytes: u64,
+    pub(super) page_bytes: u64,
+    pub(super) slots_count: u32,
+    pub(super) slot_bytes: u64,
+    pub(super) layers_count: u32,
+    pub(super) transient_layers_count: u32,
     /// The cache of experts; `null` where layers are streamed with all they have.
-    experts: Option<ExpertReport>,
+    pub(super) experts: Option<ExpertReport>,
     /// The most the host will hold, once its context is full and a prompt has filled a ubatch.
-    peak_memory_bytes: u64,
+    pub(super) peak_memory_bytes: u64,
     /// Where the prediction's figures come from.
-    profile: String,
+    pub(super) profile: String,
     /// `null` without a profile and without `--drive-gbps`: there is nothing to predict from.
-    prediction: Option<PredictionReport>,
+    pub(super) prediction: Option<PredictionReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
     layers: Option<Vec<LayerReport>>,
 }
@@ -197,7 +197,12 @@ struct LayerReport {
 
 impl Report {
     /// Plans `catalog` as `args` say. `available_bytes`: what this process may hold.
-    fn new(args: &Args, catalog: &Catalog, available_bytes: u64, found: &Found) -> Result<Self> {
+    pub(super) fn new(
+        args: &Args,
+        catalog: &Catalog,
+        available_bytes: u64,
+        found: &Found,
+    ) -> Result<Self> {
         let host_bytes = args.host_bytes.unwrap_or_else(|| estimate(args, catalog));
         let method = method(args, catalog);
         let (budget, plan) =
@@ -360,6 +365,11 @@ fn method(args: &Args, catalog: &Catalog) -> Method {
 
 /// What `flea run` with its defaults would hold besides the weights.
 fn estimate(args: &Args, catalog: &Catalog) -> u64 {
+    host_shape(args, catalog).host_bytes()
+}
+
+/// The host whose memory is estimated.
+pub(super) fn host_shape(args: &Args, catalog: &Catalog) -> HostShape {
     let own_count = catalog
         .context_length
         .map_or(CONTEXT_DEFAULT_COUNT, |length| {
@@ -369,7 +379,7 @@ fn estimate(args: &Args, catalog: &Catalog) -> u64 {
     // llama.cpp rounds the cells of its cache up; no ubatch is larger than the context.
     let context_count = context_count.next_multiple_of(CONTEXT_STEP_COUNT);
     let ubatch_count = u64::from(args.ubatch).min(context_count);
-    HostShape::of_catalog(catalog, context_count, ubatch_count).host_bytes()
+    HostShape::of_catalog(catalog, context_count, ubatch_count)
 }
 
 fn layer_reports(catalog: &Catalog, plan: &Plan) -> Vec<LayerReport> {

@@ -2,7 +2,7 @@
 
 use super::hosted::Hosted;
 use super::server::Server;
-use super::session::Attachment;
+use super::session::{Attachment, Kick};
 use super::worker::{Done, Job};
 use crate::error::{Error, ErrorKind, Result};
 use crate::proto::message::{
@@ -14,6 +14,7 @@ use crate::proto::{PACKET_BYTES_MAX, PROTOCOL};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde::Serialize;
 use serde_json::{Value, json};
+use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -124,7 +125,7 @@ fn try_answer(server: &mut Server, id: u64, request: &Request) -> Result<Answer>
         Method::Catalog => {
             let page: Page = request.parameters()?;
             let model = attached(server, id)?;
-            now(paged("rows", page.from, model.rows.iter().cloned())?)
+            now(paged("rows", page.from, model.rows.iter())?)
         }
         Method::Plan => plan(server, id, &request.parameters()?),
         Method::Failure => {
@@ -229,6 +230,7 @@ fn attach(server: &mut Server, id: u64, asked: &Attach) -> Result<Answer> {
     }
     if let Some(model) = server.shelf.loaded(&asked.path)?
         && model.budget_bytes() > 0
+        && model.is_current()
     {
         let (value, descriptors) = attach_to(server, id, &model)?;
         return Ok(Answer::Now(Ok(value), descriptors));
@@ -259,13 +261,16 @@ fn attach_to(server: &mut Server, id: u64, model: &Arc<Hosted>) -> Result<(Value
     };
     session.attached = Some(Attachment {
         model: Arc::clone(model),
-        kick,
+        kick: Kick {
+            event: kick,
+            heard_by: Arc::clone(&server.kicks),
+        },
         since: Instant::now(),
         excess_ticks: 0,
         kicks: 0,
         paused: false,
     });
-    let watched = server.hear_kicks(id);
+    let watched = server.listen_for_kicks(id);
     let descriptors = match (watched, page_fd) {
         (Ok(()), Ok(page_fd)) => vec![area, page_fd, kick_too],
         (Err(error), _) | (_, Err(error)) => {
@@ -355,18 +360,15 @@ pub fn snapshot(server: &Server) -> Snapshot {
 }
 
 fn clients(server: &Server) -> impl Iterator<Item = ClientState> + '_ {
+    // Each board is asked once: asking it for every client would cost the square of their number.
+    let boards = server.shelf.models();
+    let told: HashMap<u64, _> = boards.iter().flat_map(|model| model.board.told()).collect();
     let mut ids: Vec<u64> = server.sessions.keys().copied().collect();
     ids.sort_unstable();
-    ids.into_iter().filter_map(|id| {
+    ids.into_iter().filter_map(move |id| {
         let session = &server.sessions[&id];
         let attached = session.attached.as_ref()?;
-        let board = &attached.model.board;
-        let leases = board.leases(id).len();
-        let (layer, acquires_total) = board
-            .clients()
-            .iter()
-            .find(|client| client.id == id)
-            .map_or((None, 0), |client| (client.layer, client.acquires));
+        let (leases, layer, acquires_total) = told.get(&id).copied().unwrap_or_default();
         Some(ClientState {
             id,
             pid: session.peer.pid(),
@@ -374,7 +376,7 @@ fn clients(server: &Server) -> impl Iterator<Item = ClientState> + '_ {
             name: session.name.clone().unwrap_or_default(),
             model: attached.model.id,
             attached_seconds: attached.since.elapsed().as_secs_f64(),
-            leases: u32::try_from(leases).unwrap_or(u32::MAX),
+            leases,
             layer,
             acquires_total,
         })

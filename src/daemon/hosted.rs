@@ -26,6 +26,9 @@ use std::time::{Duration, Instant};
 /// How often the worker looks whether the leases of an old plan are back.
 const DRAIN_LOOK: Duration = Duration::from_millis(1);
 
+/// How long after clients were revoked those that hold leases by then are.
+const REVOKE_AGAIN: Duration = Duration::from_millis(50);
+
 /// What a plan says to clients, ready to be told.
 #[derive(Debug, Clone)]
 pub struct Told {
@@ -164,6 +167,12 @@ impl Hosted {
         self.member.set_weight(weight);
     }
 
+    /// True while its paths lead to the files that it was opened from, unchanged: hosts read headers from there.
+    #[must_use]
+    pub fn is_current(&self) -> bool {
+        self.files.iter().all(ShardFile::is_current)
+    }
+
     /// Clients that are attached.
     #[must_use]
     pub fn clients_count(&self) -> u32 {
@@ -275,14 +284,21 @@ impl Hosted {
         self.board.set_gate(board::GATE_DRAINING);
         model.set_draining(true);
         drop(model);
+        // Who attaches from here on finds the gate closed: it holds nothing, whatever its page says, and cannot keep us.
         let began = Instant::now();
-        let mut revoked = false;
-        while !self.board.idle() {
-            if !revoked && began.elapsed() > patience {
-                let layers = 0..self.board.layer_count();
-                revoke(layers.flat_map(|layer| self.board.holders(layer)).collect());
-                revoked = true;
+        let (mut revoked, mut before) = (None::<Instant>, Vec::new());
+        loop {
+            let holding = self.board.holding(began);
+            if holding.is_empty() {
+                return;
             }
+            let due = revoked.map_or(began.elapsed() > patience, |at| at.elapsed() > REVOKE_AGAIN);
+            if due {
+                // A client that only looks whether it may raises its hold for a moment: two looks do not meet it.
+                revoke(both(&holding, &before));
+                revoked = Some(Instant::now());
+            }
+            before = holding;
             std::thread::sleep(DRAIN_LOOK);
         }
     }
@@ -424,6 +440,12 @@ impl Hosted {
         }
         out
     }
+}
+
+/// Who is in both lists.
+fn both(one: &[u64], other: &[u64]) -> Vec<u64> {
+    let shared = one.iter().filter(|id| other.contains(id));
+    shared.copied().collect()
 }
 
 impl Counters {

@@ -30,12 +30,15 @@ const HELLO: Duration = Duration::from_secs(5);
 const PACKETS_PER_TURN: usize = 8;
 /// Kicks of one client in one tick; more are looked at in the next.
 const KICKS_PER_TICK: u32 = 2000;
+/// What the requests of one user, over all connections, may take of a tick; the rest of them wait for the next one.
+const USER_TIME: Duration = Duration::from_millis(50);
 /// A client that holds too much for so many ticks in a row is given up.
 const EXCESS_TICKS: u32 = 10;
 const LISTENER: u64 = 0;
 const WORKER: u64 = 1;
 const SIGNALS: u64 = 2;
-/// Sessions count from here; twice a session's number is its socket, one more its kicks.
+const KICKS: u64 = 3;
+/// Sessions count from here.
 const FIRST_SESSION: u64 = 8;
 
 /// What surrounds the reactor: service manager, memory pressure, the configuration file.
@@ -84,7 +87,13 @@ pub struct Server {
     pub pressure: Option<Pressure>,
     /// The settings in force.
     pub settings: Settings,
+    /// The clients' kicks, by session: heard before every request, so that nobody's requests keep a lease waiting.
+    pub kicks: Arc<Epoll>,
     listener: Listener,
+    /// What each user's requests took in this tick.
+    spent: HashMap<u32, Duration>,
+    /// The last accept failed: nobody is listened for until the next tick.
+    deaf: bool,
     epoll: Epoll,
     signals: SignalFd,
     next_session: u64,
@@ -105,8 +114,9 @@ impl Server {
             .map_err(|errno| Error::os(errno as i32, "block signals"))?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map_err(|errno| Error::os(errno as i32, "make a signalfd"))?;
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)
-            .map_err(|errno| Error::os(errno as i32, "make an epoll"))?;
+        let make_epoll = || Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC);
+        let failed = |errno| Error::os(errno as i32, "make an epoll");
+        let (epoll, kicks) = (make_epoll().map_err(failed)?, make_epoll().map_err(failed)?);
         let shelf = Arc::new(Shelf::new(settings.clone())?);
         let server = Self {
             worker: Worker::start(Arc::clone(&shelf))?,
@@ -117,7 +127,10 @@ impl Server {
             refused_total: 0,
             pressure: None,
             settings,
+            kicks: Arc::new(kicks),
             listener,
+            spent: HashMap::new(),
+            deaf: false,
             epoll,
             signals,
             next_session: FIRST_SESSION,
@@ -125,6 +138,7 @@ impl Server {
         server.watch(&server.listener, LISTENER)?;
         server.watch(server.worker.event(), WORKER)?;
         server.watch(&server.signals, SIGNALS)?;
+        server.watch(&server.kicks.0, KICKS)?;
         Ok(server)
     }
 
@@ -153,22 +167,11 @@ impl Server {
     }
 
     fn watch(&self, fd: impl AsFd, token: u64) -> Result<()> {
-        self.epoll
-            .add(fd, EpollEvent::new(EpollFlags::EPOLLIN, token))
-            .map_err(|errno| Error::os(errno as i32, "watch a descriptor"))
+        watch(&self.epoll, fd, token)
     }
 
-    /// Whether a descriptor is listened to. A hang-up is heard all the same.
     fn listen_to(&self, fd: impl AsFd, token: u64, on: bool) {
-        let flags = if on {
-            EpollFlags::EPOLLIN
-        } else {
-            EpollFlags::empty()
-        };
-        let mut event = EpollEvent::new(flags, token);
-        if let Err(errno) = self.epoll.modify(fd, &mut event) {
-            log::error!("epoll: {errno}");
-        }
+        listen_to(&self.epoll, fd, token, on);
     }
 
     /// Opens and pins the models that were asked for beforehand, then serves until a signal ends it.
@@ -216,15 +219,10 @@ impl Server {
             LISTENER => self.accept(),
             WORKER => self.hear_worker(),
             SIGNALS => return self.signal(surroundings),
-            token => {
-                let id = token / 2;
-                if token % 2 == 1 {
-                    self.kicked(id);
-                } else if self.serve(id).is_err()
-                    || event
-                        .events()
-                        .intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR)
-                {
+            KICKS => self.hear_kicks(),
+            id => {
+                let gone = EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR;
+                if self.serve(id).is_err() || event.events().intersects(gone) {
                     self.close(id);
                 }
             }
@@ -259,10 +257,15 @@ impl Server {
             match self.listener.accept() {
                 Ok(None) => return,
                 Err(error) => {
-                    log::error!("{error}");
+                    // Out of descriptors, most likely: the listener stays readable, so look again at the next tick.
+                    if !std::mem::replace(&mut self.deaf, true) {
+                        log::error!("{error}; connections wait until that is better");
+                    }
+                    self.listen_to(&self.listener, LISTENER, false);
                     return;
                 }
                 Ok(Some((socket, peer))) => {
+                    self.deaf = false;
                     let of_user = self
                         .sessions
                         .values()
@@ -294,7 +297,7 @@ impl Server {
         let id = self.next_session;
         self.next_session += 1;
         let session = Session::new(id, socket, peer);
-        match self.watch(&session.socket, id * 2) {
+        match self.watch(&session.socket, id) {
             Ok(()) => drop(self.sessions.insert(id, session)),
             Err(error) => log::error!("{error}"),
         }
@@ -309,10 +312,18 @@ impl Server {
     /// Takes what a connection has sent. An error ends the connection.
     fn serve(&mut self, id: u64) -> Result<()> {
         for _ in 0..PACKETS_PER_TURN {
+            self.hear_kicks();
             let Some(session) = self.sessions.get_mut(&id) else {
                 return Ok(());
             };
             if session.busy || session.paused {
+                return Ok(());
+            }
+            let uid = session.peer.uid();
+            if self.spent.get(&uid).is_some_and(|spent| *spent > USER_TIME) {
+                session.paused = true;
+                let session = &self.sessions[&id];
+                self.listen_to(&session.socket, id, false);
                 return Ok(());
             }
             let packet = match session.socket.receive(false, true) {
@@ -334,9 +345,12 @@ impl Server {
             if !session.may_ask(self.settings.requests_per_second) {
                 session.paused = true;
                 let session = &self.sessions[&id];
-                self.listen_to(&session.socket, id * 2, false);
+                self.listen_to(&session.socket, id, false);
             }
-            self.request(id, &packet.bytes)?;
+            let began = Instant::now();
+            let answered = self.request(id, &packet.bytes);
+            *self.spent.entry(uid).or_default() += began.elapsed();
+            answered?;
         }
         Ok(())
     }
@@ -369,7 +383,7 @@ impl Server {
                     session.busy = true;
                 }
                 if let Some(session) = self.sessions.get(&id) {
-                    self.listen_to(&session.socket, id * 2, false);
+                    self.listen_to(&session.socket, id, false);
                 }
                 Ok(())
             }
@@ -381,6 +395,11 @@ impl Server {
         let Some(session) = self.sessions.get(&id) else {
             return Ok(());
         };
+        // Descriptors that nobody takes count against this user's limit, and then nobody gets any.
+        if !descriptors.is_empty() && session.socket.unread() {
+            self.refused_total += 1;
+            return Err(Error::new(ErrorKind::Again, "answers are not read"));
+        }
         let raw: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
         let sent = session.socket.send(&encode_reply(reply), &raw, true);
         if sent.is_err() {
@@ -393,28 +412,32 @@ impl Server {
     ///
     /// # Errors
     /// What epoll says.
-    pub fn hear_kicks(&self, id: u64) -> Result<()> {
+    pub fn listen_for_kicks(&self, id: u64) -> Result<()> {
         match self.sessions.get(&id).and_then(|s| s.attached.as_ref()) {
-            Some(attached) => self.watch(&attached.kick, id * 2 + 1),
+            Some(attached) => watch(&self.kicks, &attached.kick.event, id),
             None => Ok(()),
         }
     }
 
+    fn hear_kicks(&mut self) {
+        let mut events = [EpollEvent::empty(); 64];
+        let count = self.kicks.wait(&mut events, EpollTimeout::ZERO);
+        for event in &events[..count.unwrap_or(0)] {
+            self.kicked(event.data());
+        }
+    }
+
     fn kicked(&mut self, id: u64) {
-        let Some(session) = self.sessions.get_mut(&id) else {
+        let session = self.sessions.get_mut(&id);
+        let Some(attached) = session.and_then(|session| session.attached.as_mut()) else {
             return;
         };
-        let Some(attached) = session.attached.as_mut() else {
-            return;
-        };
-        let _ = attached.kick.read();
+        let _ = attached.kick.event.read();
         attached.kicks += 1;
         attached.model.wake();
         if attached.kicks > KICKS_PER_TICK {
             attached.paused = true;
-            if let Some(attached) = self.sessions.get(&id).and_then(|s| s.attached.as_ref()) {
-                self.listen_to(&attached.kick, id * 2 + 1, false);
-            }
+            listen_to(&self.kicks, &attached.kick.event, id, false);
         }
     }
 
@@ -449,7 +472,7 @@ impl Server {
         drop(descriptors);
         match self.sessions.get(&id) {
             Some(session) if sent.is_ok() => {
-                self.listen_to(&session.socket, id * 2, !session.paused);
+                self.listen_to(&session.socket, id, !session.paused);
             }
             _ => self.close(id),
         }
@@ -479,6 +502,9 @@ impl Server {
 
     fn tick(&mut self, surroundings: &mut dyn Surroundings) {
         self.pressure = surroundings.pressure();
+        if self.deaf {
+            self.listen_to(&self.listener, LISTENER, true);
+        }
         if let Some(bytes) = surroundings.tick(self)
             && let Err(error) = self.worker.give(
                 None,
@@ -497,7 +523,11 @@ impl Server {
                 }
             }
         }
-        let ids: Vec<u64> = self.sessions.keys().copied().collect();
+        self.spent.clear();
+        let mut ids: Vec<u64> = self.sessions.keys().copied().collect();
+        // Who is woken first is served first: not the same one every time.
+        let first = self.since.elapsed().as_millis() as usize % ids.len().max(1);
+        ids.rotate_left(first);
         for id in ids {
             self.look_after(id);
         }
@@ -526,14 +556,31 @@ impl Server {
         }
         let session = &self.sessions[&id];
         if woken && !session.busy {
-            self.listen_to(&session.socket, id * 2, true);
+            self.listen_to(&session.socket, id, true);
         }
         if let Some(attached) = session.attached.as_ref().filter(|_| kicks_woken) {
-            self.listen_to(&attached.kick, id * 2 + 1, true);
+            listen_to(&self.kicks, &attached.kick.event, id, true);
         }
         if liar {
             self.revoke(id, "it holds more layers than a client may");
         }
+    }
+}
+
+fn watch(epoll: &Epoll, fd: impl AsFd, token: u64) -> Result<()> {
+    epoll
+        .add(fd, EpollEvent::new(EpollFlags::EPOLLIN, token))
+        .map_err(|errno| Error::os(errno as i32, "watch a descriptor"))
+}
+
+/// Whether a descriptor is listened to. A hang-up is heard all the same.
+fn listen_to(epoll: &Epoll, fd: impl AsFd, token: u64, on: bool) {
+    let flags = match on {
+        true => EpollFlags::EPOLLIN,
+        false => EpollFlags::empty(),
+    };
+    if let Err(errno) = epoll.modify(fd, &mut EpollEvent::new(flags, token)) {
+        log::error!("epoll: {errno}");
     }
 }
 

@@ -2,10 +2,28 @@
 
 use super::hosted::Hosted;
 use crate::proto::Socket;
+use nix::sys::epoll::Epoll;
 use nix::sys::eventfd::EventFd;
 use nix::sys::socket::UnixCredentials;
 use std::sync::Arc;
 use std::time::Instant;
+
+/// What a client kicks. The client has the same eventfd: closing ours alone would leave it in the epoll, and the reactor
+/// awake, for as long as he keeps his.
+#[derive(Debug)]
+pub struct Kick {
+    /// The eventfd.
+    pub event: EventFd,
+    /// Where it is listened to.
+    pub heard_by: Arc<Epoll>,
+}
+
+impl Drop for Kick {
+    fn drop(&mut self) {
+        // One that was never listened to is not in there; that is all that can go wrong.
+        let _ = self.heard_by.delete(&self.event);
+    }
+}
 
 /// A model that a session is attached to.
 #[derive(Debug)]
@@ -13,7 +31,7 @@ pub struct Attachment {
     /// The model.
     pub model: Arc<Hosted>,
     /// What the client kicks.
-    pub kick: EventFd,
+    pub kick: Kick,
     /// Since when.
     pub since: Instant,
     /// Ticks in a row that found it holding more than it may.

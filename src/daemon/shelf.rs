@@ -168,17 +168,37 @@ impl Shelf {
             .find(|model| model.path == resolved)
             .cloned();
         let model = match there {
-            Some(model) if model.budget_bytes() > 0 => model,
-            // Its last plan could not be had: it is opened anew.
-            Some(failed) => {
-                self.remove(&failed);
-                self.open(resolved, revoke)?
-            }
+            Some(model) if model.budget_bytes() > 0 && model.is_current() => model,
+            Some(old) => self.reopen(&old, resolved, revoke)?,
             None => self.open(resolved, revoke)?,
         };
         if pin {
             model.pinned.store(true, Ordering::Relaxed);
         }
+        Ok(model)
+    }
+
+    /// Opens a model anew whose last plan could not be had, or whose files are others now: who attaches reads its header
+    /// from those, and must not get the weights of the ones before.
+    fn reopen(
+        &self,
+        old: &Arc<Hosted>,
+        path: PathBuf,
+        revoke: &dyn Fn(Vec<u64>),
+    ) -> Result<Arc<Hosted>> {
+        let clients = old.clients_count();
+        if clients > 0 && old.budget_bytes() > 0 {
+            let context = format!(
+                "{}: it was replaced or written to, and {clients} clients still use what was there before; try again when they have left",
+                path.display()
+            );
+            return Err(Error::new(ErrorKind::Changed, context));
+        }
+        log::info!("{}: opened anew", path.display());
+        self.remove(old);
+        let model = self.open(path, revoke)?;
+        let pinned = old.pinned.load(Ordering::Relaxed);
+        model.pinned.store(pinned, Ordering::Relaxed);
         Ok(model)
     }
 
@@ -231,15 +251,24 @@ impl Shelf {
     /// Unloads models that nobody uses, longest unused first, until the smallest plans and `more_bytes` fit.
     fn make_room(&self, more_bytes: u64) -> Result<()> {
         let (budget_bytes, _) = self.budget();
+        let stays = |model: &&Arc<Hosted>| {
+            model.clients_count() > 0 || model.pinned.load(Ordering::Relaxed)
+        };
+        let models = self.models();
+        let kept: u64 = (models.iter().filter(stays))
+            .map(|model| model.smallest_bytes)
+            .sum();
+        if kept.saturating_add(more_bytes) > budget_bytes {
+            // Nobody goes for what will be refused all the same.
+            return Err(too_small(budget_bytes, kept, more_bytes));
+        }
         loop {
             let models = self.models();
             let needed: u64 = models.iter().map(|model| model.smallest_bytes).sum();
             if needed.saturating_add(more_bytes) <= budget_bytes {
                 return Ok(());
             }
-            let idle = models.iter().filter(|model| {
-                model.clients_count() == 0 && !model.pinned.load(Ordering::Relaxed)
-            });
+            let idle = models.iter().filter(|model| !stays(model));
             let last_used =
                 |model: &&Arc<Hosted>| *model.used.lock().unwrap_or_else(PoisonError::into_inner);
             let Some(victim) = idle.min_by_key(last_used) else {
@@ -364,9 +393,13 @@ fn inside(path: &Path, settings: &Settings) -> bool {
 }
 
 fn weight_of(path: &Path, settings: &Settings) -> u32 {
-    let named = settings.weights.iter().find(|(named, _)| {
+    let by_path = settings.weights.iter().find(|(named, _)| {
         named == path || std::fs::canonicalize(named).is_ok_and(|named| named == path)
     });
+    // A file name has no directory in it; a path says more, so it wins.
+    let name = path.file_name();
+    let by_name = || (settings.weights.iter()).find(|(named, _)| Some(named.as_os_str()) == name);
+    let named = by_path.or_else(by_name);
     named.map_or(WEIGHT_DEFAULT, |(_, weight)| *weight)
 }
 
@@ -410,4 +443,21 @@ fn too_small(budget_bytes: u64, needed_bytes: u64, more_bytes: u64) -> Error {
             HumanBytes(smallest),
         ),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_weight_goes_by_path_or_by_file_name() {
+        let settings = Settings {
+            weights: vec![("big.gguf".into(), 300), ("/x/big.gguf".into(), 7)],
+            ..Settings::default()
+        };
+        let weight = |path: &str| weight_of(Path::new(path), &settings);
+        assert_eq!(weight("/y/big.gguf"), 300);
+        assert_eq!(weight("/x/big.gguf"), 7, "the path says more");
+        assert_eq!(weight("/y/small.gguf"), WEIGHT_DEFAULT);
+    }
 }

@@ -201,12 +201,24 @@ fn carry_out(shelf: &Shelf, job: &Job, revoke: &dyn Fn(Vec<u64>)) -> Result<Opti
             shelf.set_budget(*bytes, *configured, revoke).map(|()| None)
         }
         Job::Settings(settings) => {
-            let bytes = match settings.memory == shelf.settings().memory {
-                true => shelf.budget().1,
-                false => super::shelf::budget_of(settings, shelf.held_bytes())?,
-            };
+            let before = shelf.settings().memory;
             shelf.set_settings((**settings).clone());
-            shelf.set_budget(bytes, true, revoke).map(|()| None)
+            // The budget stays what it is, also where pressure holds it down; weights may be others.
+            if settings.memory == before {
+                return shelf.rebalance(revoke).map(|()| None);
+            }
+            let changed = super::shelf::budget_of(settings, shelf.held_bytes())
+                .and_then(|bytes| shelf.set_budget(bytes, true, revoke));
+            if changed.is_err() {
+                // Everything else holds all the same; the next reload tries the memory again.
+                log::error!("reload: memory stays what it was, the rest is taken over");
+                shelf.set_settings(Settings {
+                    memory: before,
+                    ..(**settings).clone()
+                });
+                shelf.rebalance(revoke)?;
+            }
+            changed.map(|()| None)
         }
     }
 }

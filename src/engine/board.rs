@@ -11,6 +11,7 @@
 use super::order::Order;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mem::SharedWords;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -107,6 +108,7 @@ pub struct Client {
     pub acquires: u64,
     /// The layer it acquired last.
     pub layer: Option<u32>,
+    attached: Instant,
     ring_seen: u32,
     last_active: Instant,
     pace: Duration,
@@ -226,6 +228,7 @@ impl Board {
             order: Order::new(self.layer_count as usize),
             acquires: 0,
             layer: None,
+            attached: Instant::now(),
             ring_seen: 0,
             last_active: Instant::now(),
             pace: Duration::ZERO,
@@ -325,11 +328,13 @@ impl Board {
             .any(|client| client.wants(layer, false))
     }
 
-    /// True when no client says that it holds anything.
+    /// Numbers of the clients that say they hold anything, but for those that attached after `since`.
     #[must_use]
-    pub fn idle(&self) -> bool {
+    pub fn holding(&self, since: Instant) -> Vec<u64> {
         let clients = self.clients();
-        !(0..self.layer_count).any(|layer| clients.iter().any(|client| client.holds(layer)))
+        let old = clients.iter().filter(|client| client.attached <= since);
+        let holding = old.filter(|client| (0..self.layer_count).any(|layer| client.holds(layer)));
+        holding.map(|client| client.id).collect()
     }
 
     /// Numbers of the clients that say they hold the layer.
@@ -338,6 +343,18 @@ impl Board {
         let clients = self.clients();
         let holders = clients.iter().filter(|client| client.holds(layer));
         holders.map(|client| client.id).collect()
+    }
+
+    /// Of every client: its number, how many layers it says it holds, the layer it acquired last, and its acquires.
+    #[must_use]
+    pub fn told(&self) -> HashMap<u64, (u32, Option<u32>, u64)> {
+        let clients = self.clients();
+        let told = clients.iter().map(|client| {
+            let held = (0..self.layer_count).filter(|layer| client.holds(*layer));
+            let leases = u32::try_from(held.count()).unwrap_or(u32::MAX);
+            (client.id, (leases, client.layer, client.acquires))
+        });
+        told.collect()
     }
 
     /// Layers a client says it holds, and how often.
@@ -394,13 +411,25 @@ mod tests {
     fn a_hold_is_seen_until_its_client_is_gone() {
         let board = Board::new(4, 2).unwrap();
         let page = board.attach(1).unwrap();
-        assert!(board.idle());
+        let before = Instant::now();
+        assert!(board.holding(before).is_empty());
         page.add(place::hold(2), 1);
-        assert!(board.held(2) && !board.held(1) && !board.idle());
+        assert!(board.held(2) && !board.held(1));
+        assert_eq!(board.holding(before), [1]);
+        let late = board.attach(2).unwrap();
+        late.add(place::hold(1), 1);
+        assert_eq!(
+            board.holding(before),
+            [1],
+            "who came later has no lease yet"
+        );
+        assert_eq!(board.holding(Instant::now()), [1, 2]);
+        board.detach(2);
         assert_eq!(board.holders(2), [1]);
         assert_eq!(board.leases(1), [(2, 1)]);
+        assert_eq!(board.told()[&1], (1, None, 0));
         board.detach(1);
-        assert!(board.idle());
+        assert!(board.holding(Instant::now()).is_empty());
     }
 
     #[test]

@@ -37,6 +37,13 @@ pub fn wait(
         return Err(error.clone());
     }
     if state.would_deadlock(layer, asked.thread) {
+        // A part of a layer keeps the rest from being read again after a failure: that failure is the answer. BUSY would
+        // have the host come again and again for what cannot come while it holds the part.
+        let failed = state.kept_slot(layer).is_some();
+        if let Some(error) = state.failure(layer).filter(|_| failed) {
+            drop(state.take_error(layer));
+            return Err(error);
+        }
         let context = format!(
             "layer {layer} needs a slot, but all of them are leased and this thread holds at least one; release it first"
         );

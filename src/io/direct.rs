@@ -199,6 +199,12 @@ impl ShardFile {
         self.identity
     }
 
+    /// True while the path leads to the file that is open here, as it was when it was opened.
+    #[must_use]
+    pub fn is_current(&self) -> bool {
+        std::fs::metadata(&self.path).is_ok_and(|metadata| Identity::of(&metadata) == self.identity)
+    }
+
     /// Looks whether the open file is still as long and as old as when it was opened. A deleted file passes: its bytes
     /// stay until it is closed. Costs one fstat (below a microsecond).
     ///

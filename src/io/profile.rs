@@ -198,6 +198,26 @@ impl Profile {
         }
     }
 
+    /// Reads the profile in a file: one that `flea probe` kept, wherever it lies now.
+    ///
+    /// # Errors
+    /// What reading the file gives; `Invalid` for what is no profile, or holds numbers that cannot be.
+    pub fn load(path: &Path) -> Result<Self> {
+        let invalid =
+            |what: String| Error::new(ErrorKind::Invalid, format!("{}: {what}", path.display()));
+        let failed =
+            |error: std::io::Error| Error::from_io(&error, format_args!("read {}", path.display()));
+        let metadata = fs::metadata(path).map_err(failed)?;
+        if !metadata.is_file() || metadata.len() > FILE_BYTES_MAX {
+            return Err(invalid("it is no profile".to_owned()));
+        }
+        let text = fs::read_to_string(path).map_err(failed)?;
+        let profile: Self = serde_json::from_str(&text)
+            .map_err(|error| invalid(format!("it is no profile of `flea probe`: {error}")))?;
+        profile.check().map_err(invalid)?;
+        Ok(profile)
+    }
+
     /// Writes the profile where [`find`] looks for it, replacing an older one.
     ///
     /// # Errors

@@ -401,7 +401,8 @@ fn check_index(headers: &[safetensors::ShardHeader], index: &safetensors::Index)
     ))
 }
 
-fn empty(format: Format, architecture: String) -> Catalog {
+/// A catalog of nothing, to be filled.
+pub(super) fn empty(format: Format, architecture: String) -> Catalog {
     Catalog {
         format,
         architecture,

@@ -6,8 +6,10 @@
 //! Place in the house: **file -> catalog** -> plan -> reader -> pool -> lease -> host.
 //!
 //! [`gguf`] and [`safetensors`] read one shard's header each; [`catalog`] joins the shards and tells layers, experts and
-//! row tables apart with the table in [`roles`]; [`dtype`] holds the geometry of every tensor type.
+//! row tables apart with the table in [`roles`]; [`dtype`] holds the geometry of every tensor type, [`arch`] that of a whole
+//! model, also of one whose weights are not there.
 
+pub mod arch;
 mod build;
 pub mod catalog;
 mod cursor;

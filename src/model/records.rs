@@ -4,9 +4,7 @@
 //! receiving side checks every index and range again. Place in the house: **file -> catalog** -> plan -> reader ->
 //! pool -> lease -> host.
 
-use super::{
-    Catalog, DType, Format, Layer, LayerKind, LayerSpan, Metadata, Role, Shard, Tensor, Use,
-};
+use super::{Catalog, DType, Format, Layer, LayerKind, LayerSpan, Role, Shard, Tensor, Use};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::Extent;
 use serde::{Deserialize, Serialize};
@@ -168,7 +166,7 @@ fn layer_rows((index, layer): (u32, &Layer)) -> impl Iterator<Item = Record> + '
 /// # Errors
 /// `Format` when the rows contradict one another.
 pub fn catalog(rows: impl IntoIterator<Item = Record>) -> Result<Catalog> {
-    let mut catalog = empty();
+    let mut catalog = super::catalog::empty(Format::Gguf(3), String::new());
     let mut promised = (0, 0, 0);
     for row in rows {
         match row {
@@ -195,35 +193,6 @@ pub fn catalog(rows: impl IntoIterator<Item = Record>) -> Result<Catalog> {
         )));
     }
     Ok(catalog)
-}
-
-fn empty() -> Catalog {
-    Catalog {
-        format: Format::Gguf(3),
-        architecture: String::new(),
-        name: None,
-        alignment_bytes: 32,
-        shards: Vec::new(),
-        tensors: Vec::new(),
-        layers: Vec::new(),
-        model_bytes: 0,
-        host_tensor_bytes: 0,
-        unused_tensor_bytes: 0,
-        parameter_count: 0,
-        types: Vec::new(),
-        file_type: None,
-        context_length: None,
-        block_count: None,
-        embedding_length: None,
-        vocabulary_size: None,
-        expert_count: None,
-        experts_used_count: None,
-        shared_expert_count: None,
-        tied_embeddings: false,
-        metadata: Metadata::default(),
-        metadata_range: None,
-        by_name: std::collections::HashMap::new(),
-    }
 }
 
 fn add(catalog: &mut Catalog, row: Record) -> Result<()> {

@@ -34,7 +34,7 @@ pub enum Value {
         /// Its length.
         len_bytes: u64,
     },
-    /// A short array of integers (one number per layer, for example).
+    /// A short array of integers or truth values (one per layer, for example).
     Integers(Vec<i64>),
     /// Any other array: what it holds, not the elements.
     Array {
@@ -168,7 +168,7 @@ impl Scalar {
     }
 
     const fn is_integer(self) -> bool {
-        !matches!(self, Self::F32 | Self::F64 | Self::Bool)
+        !matches!(self, Self::F32 | Self::F64)
     }
 
     fn read(self, cursor: &mut Cursor<'_>, key: &str) -> Result<Value> {
@@ -277,6 +277,7 @@ fn read_scalars(cursor: &mut Cursor<'_>, key: &str, scalar: Scalar, count: u64) 
         values.push(match scalar.read(cursor, key)? {
             Value::Unsigned(value) => i64::try_from(value).unwrap_or(i64::MAX),
             Value::Signed(value) => value,
+            Value::Bool(value) => i64::from(value),
             _ => 0,
         });
     }

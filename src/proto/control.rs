@@ -118,10 +118,14 @@ impl Control {
     pub fn exchange(&mut self, method: Method, parameters: &Value) -> Result<Packet> {
         let packet = encode_request(method, parameters)?;
         let deadline = Instant::now() + ANSWER;
-        let answer = self
+        let mut answer = self
             .socket
             .send(&packet, &[], false)
             .and_then(|()| self.socket.receive_until(Some(deadline)));
+        if matches!(&answer, Err(error) if error.kind() == ErrorKind::Connection) {
+            // Who refuses us says why and hangs up: the hang-up is told before what was said.
+            answer = self.socket.receive(true, true).or(answer);
+        }
         match answer {
             Ok(Some(packet)) => Ok(packet),
             Ok(None) => Err(self.lost("it closed the connection")),

@@ -190,9 +190,14 @@ impl Attached {
         let Some(slot) = plan.slot(layer) else {
             return Ok(());
         };
-        let leases = locked(&self.leases);
         let failed = self.area.load(place::state(layer)) & board::FAILED != 0;
+        let leases = locked(&self.leases);
         if failed && leases.holds(layer, thread) {
+            drop(leases);
+            // Why it failed is the answer: BUSY would have the host come again and again for what cannot come.
+            if let Some(error) = self.failure(layer, true)? {
+                return Err(error);
+            }
             let context = format!(
                 "layer {layer} failed to arrive, and this thread holds a part of it; release it, then try again"
             );

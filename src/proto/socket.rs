@@ -128,6 +128,15 @@ impl Socket {
         }
     }
 
+    /// True while the other side has not taken everything that was sent to it.
+    #[must_use]
+    pub fn unread(&self) -> bool {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: the descriptor and the integer live over the call, which writes that integer and nothing else.
+        let rc = unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+        rc != 0 || bytes > 0
+    }
+
     /// Receives one packet; `None` when the other side has hung up.
     ///
     /// # Errors
@@ -232,4 +241,23 @@ fn owned(message: &nix::sys::socket::RecvMsg<'_, '_, ()>) -> Vec<OwnedFd> {
     // SAFETY: the kernel has just made these descriptors for us, and nobody else knows them.
     raw.map(|raw| unsafe { OwnedFd::from_raw_fd(raw) })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::socketpair;
+
+    #[test]
+    fn what_was_sent_is_unread_until_it_is_taken() {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let (one, other) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
+        let (one, other) = (Socket::from(one), Socket::from(other));
+        assert!(!one.unread());
+        one.send(b"{}", &[], true).unwrap();
+        assert!(one.unread() && !other.unread());
+        other.receive(false, true).unwrap();
+        assert!(!one.unread());
+    }
 }

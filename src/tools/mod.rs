@@ -1,6 +1,7 @@
 //! What the programs offer besides running: synthetic models, measurements. No argument parsing here (that is `cli`),
 //! no printing: functions take plain values and give plain values back, so that tests and other tools can call them.
 
+pub mod analyze;
 pub mod bench_stream;
 pub mod doctor;
 pub mod gguf_write;

@@ -1,16 +1,20 @@
-//! Plots as SVG: lines over two linear axes, a legend, nothing else. Text in, text out; opens in any browser.
+//! Plots of lines over two linear axes as SVG, with a legend. The same plot gives the same bytes.
 
-use std::fmt::Write;
+use plotters::prelude::*;
 
-const WIDTH: f64 = 760.0;
-const HEIGHT: f64 = 480.0;
-const LEFT: f64 = 64.0;
-const RIGHT: f64 = 170.0;
-const TOP: f64 = 44.0;
-const BOTTOM: f64 = 52.0;
+use crate::error::{Error, ErrorKind, Result};
+
+const SIZE: (u32, u32) = (760, 480);
 /// Told apart also by people who do not see all colours (Okabe and Ito).
-const COLOURS: [&str; 8] = [
-    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#555555",
+const COLOURS: [RGBColor; 8] = [
+    RGBColor(0x00, 0x72, 0xb2),
+    RGBColor(0xd5, 0x5e, 0x00),
+    RGBColor(0x00, 0x9e, 0x73),
+    RGBColor(0xcc, 0x79, 0xa7),
+    RGBColor(0xe6, 0x9f, 0x00),
+    RGBColor(0x56, 0xb4, 0xe9),
+    RGBColor(0x7a, 0x51, 0x95),
+    RGBColor(0x55, 0x55, 0x55),
 ];
 
 /// One line of a plot.
@@ -37,149 +41,85 @@ pub struct Plot {
     pub series: Vec<Series>,
 }
 
-/// A range of round numbers around values, and its step: 1, 2 or 5 times a power of ten, four to nine of them.
-fn axis(values: impl Iterator<Item = f64> + Clone) -> (f64, f64, f64) {
-    let low = values.clone().fold(f64::INFINITY, f64::min);
-    let high = values.fold(f64::NEG_INFINITY, f64::max);
-    if !(low.is_finite() && high.is_finite()) {
-        return (0.0, 1.0, 0.25);
-    }
-    let span = (high - low).max(1e-9);
-    let power = 10f64.powf((span / 5.0).log10().floor());
-    let step = [1.0, 2.0, 5.0, 10.0]
-        .into_iter()
-        .map(|f| f * power)
-        .find(|step| span / step <= 8.0)
-        .unwrap_or(power * 10.0);
-    (
-        (low / step).floor() * step,
-        (high / step).ceil() * step,
-        step,
-    )
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;")
-}
+type Drawn = std::result::Result<(), Box<dyn std::error::Error>>;
 
 impl Plot {
     /// The file.
-    #[must_use]
-    pub fn to_svg(&self) -> String {
-        let points = || self.series.iter().flat_map(|series| series.points.iter());
-        let (x0, x1, x_step) = axis(points().map(|point| point.0));
-        let (y0, y1, y_step) = axis(points().map(|point| point.1));
-        let across = |x: f64| LEFT + (x - x0) / (x1 - x0).max(1e-9) * (WIDTH - LEFT - RIGHT);
-        let down =
-            |y: f64| HEIGHT - BOTTOM - (y - y0) / (y1 - y0).max(1e-9) * (HEIGHT - TOP - BOTTOM);
-        let mut svg = format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" font-family=\"sans-serif\" font-size=\"12\">\n\
-             <rect width=\"{WIDTH}\" height=\"{HEIGHT}\" fill=\"#fff\"/>\n"
-        );
-        let text = |x: f64, y: f64, anchor: &str, extra: &str, words: &str| {
-            let words = escape(words);
-            format!(
-                "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\"{extra}>{words}</text>\n"
+    ///
+    /// # Errors
+    /// `Internal` when the drawing fails, a defect.
+    pub fn to_svg(&self) -> Result<String> {
+        let mut text = String::new();
+        self.draw(&mut text).map_err(|error| {
+            Error::new(
+                ErrorKind::Internal,
+                format!("draw the plot '{}': {error}", self.title),
             )
-        };
-        svg += &text(
-            LEFT,
-            26.0,
-            "start",
-            " font-size=\"15\" font-weight=\"bold\"",
-            &self.title,
-        );
-        svg += &text(
-            (LEFT + WIDTH - RIGHT) / 2.0,
-            HEIGHT - 14.0,
-            "middle",
-            "",
-            &self.x,
-        );
-        let turned = format!(" transform=\"rotate(-90 18 {:.1})\"", HEIGHT / 2.0);
-        svg += &text(18.0, HEIGHT / 2.0, "middle", &turned, &self.y);
-        let digits = |step: f64| {
-            if step >= 1.0 {
-                0
-            } else {
-                (-step.log10()).ceil() as usize
-            }
-        };
-        for tick in 0..=((x1 - x0) / x_step).round() as usize {
-            let x = x0 + tick as f64 * x_step;
-            let at = across(x);
-            let _ = writeln!(
-                svg,
-                "<path d=\"M{at:.1} {TOP}V{:.1}\" stroke=\"#e5e5e5\"/>",
-                HEIGHT - BOTTOM
-            );
-            svg += &text(
-                at,
-                HEIGHT - BOTTOM + 18.0,
-                "middle",
-                "",
-                &format!("{x:.*}", digits(x_step)),
-            );
-        }
-        for tick in 0..=((y1 - y0) / y_step).round() as usize {
-            let y = y0 + tick as f64 * y_step;
-            let at = down(y);
-            let _ = writeln!(
-                svg,
-                "<path d=\"M{LEFT} {at:.1}H{:.1}\" stroke=\"#e5e5e5\"/>",
-                WIDTH - RIGHT
-            );
-            svg += &text(
-                LEFT - 8.0,
-                at + 4.0,
-                "end",
-                "",
-                &format!("{y:.*}", digits(y_step)),
-            );
-        }
+        })?;
+        Ok(text)
+    }
+
+    fn draw(&self, text: &mut String) -> Drawn {
+        let root = SVGBackend::with_string(text, SIZE).into_drawing_area();
+        root.fill(&WHITE)?;
+        let points = || self.series.iter().flat_map(|series| &series.points);
+        let across = range(points().map(|point| point.0));
+        let up = range(points().map(|point| point.1));
+        let mut chart = ChartBuilder::on(&root)
+            .caption(&self.title, ("sans-serif", 18))
+            .margin(12)
+            .margin_right(24)
+            .x_label_area_size(40)
+            .y_label_area_size(56)
+            .build_cartesian_2d(across, up)?;
+        chart
+            .configure_mesh()
+            .x_desc(&self.x)
+            .y_desc(&self.y)
+            .light_line_style(TRANSPARENT)
+            .draw()?;
         for (index, series) in self.series.iter().enumerate() {
             let colour = if series.bound {
-                "#000"
+                BLACK
             } else {
                 COLOURS[index % COLOURS.len()]
             };
-            let line: Vec<String> = series
-                .points
-                .iter()
-                .map(|(x, y)| format!("{:.1} {:.1}", across(*x), down(*y)))
-                .collect();
-            let dash = if series.bound {
-                " stroke-dasharray=\"6 4\""
+            let sample =
+                move |(x, y)| PathElement::new([(x, y), (x + 22, y)], colour.stroke_width(3));
+            let points = series.points.iter().copied();
+            if series.bound {
+                let dashed = DashedLineSeries::new(points, 6, 4, colour.stroke_width(2));
+                chart
+                    .draw_series(dashed)?
+                    .label(&series.name)
+                    .legend(sample);
             } else {
-                ""
-            };
-            let _ = writeln!(
-                svg,
-                "<path d=\"M{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.8\"{dash}/>",
-                line.join("L")
-            );
-            if !series.bound {
-                for (x, y) in &series.points {
-                    let _ = writeln!(
-                        svg,
-                        "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"3.2\" fill=\"{colour}\"/>",
-                        across(*x),
-                        down(*y)
-                    );
-                }
+                let line = LineSeries::new(points.clone(), colour.stroke_width(2));
+                chart.draw_series(line)?.label(&series.name).legend(sample);
+                chart.draw_series(points.map(|point| Circle::new(point, 3, colour.filled())))?;
             }
-            let y = TOP + 10.0 + 20.0 * index as f64;
-            let x = WIDTH - RIGHT + 16.0;
-            let _ = writeln!(
-                svg,
-                "<path d=\"M{x} {y}h22\" stroke=\"{colour}\" stroke-width=\"3\"{dash}/>"
-            );
-            svg += &text(x + 28.0, y + 4.0, "start", "", &series.name);
         }
-        svg + "</svg>\n"
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperLeft)
+            .background_style(WHITE.mix(0.8))
+            .border_style(BLACK.mix(0.2))
+            .draw()?;
+        drop(chart);
+        root.present()?;
+        Ok(())
     }
+}
+
+/// All values with a little room; something to draw on where there are none.
+fn range(values: impl Iterator<Item = f64> + Clone) -> std::ops::Range<f64> {
+    let low = values.clone().fold(f64::INFINITY, f64::min);
+    let high = values.fold(f64::NEG_INFINITY, f64::max);
+    if !(low.is_finite() && high.is_finite()) {
+        return 0.0..1.0;
+    }
+    let room = (high - low).max(1e-6) * 0.04;
+    low - room..high + room
 }
 
 #[cfg(test)]
@@ -187,14 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn axes_are_round_and_hold_everything() {
-        assert_eq!(axis([1.1, 8.9].into_iter()), (1.0, 9.0, 1.0));
-        assert_eq!(axis([0.0, 53.0].into_iter()), (0.0, 60.0, 10.0));
-        assert_eq!(axis(std::iter::empty()), (0.0, 1.0, 0.25));
-    }
-
-    #[test]
-    fn a_plot_draws_every_series_inside_its_frame() {
+    fn a_plot_draws_every_series_and_is_the_same_every_time() {
         let series = |name: &str, bound| Series {
             name: name.to_owned(),
             points: vec![(1.0, 6.0), (8.0, 48.0)],
@@ -206,20 +139,26 @@ mod tests {
             y: "dB".to_owned(),
             series: vec![series("tq", false), series("bound", true)],
         };
-        let svg = plot.to_svg();
-        assert_eq!(svg.matches("<circle").count(), 2);
-        assert!(
-            svg.contains("a &lt; b")
-                && svg.contains("stroke-dasharray")
-                && svg.ends_with("</svg>\n")
+        let svg = plot.to_svg().unwrap();
+        assert_eq!(
+            svg.matches("<circle").count(),
+            2,
+            "one mark for each measured point"
         );
-        for part in svg.split("cx=\"").skip(1) {
-            let x: f64 = part
-                .split('"')
-                .next()
-                .and_then(|x| x.parse().ok())
-                .expect("a number");
-            assert!((LEFT..=WIDTH - RIGHT).contains(&x));
+        for word in ["a &lt; b", "tq", "bound", "bits", "dB", "</svg>"] {
+            assert!(svg.contains(word), "{word} is not in\n{svg}");
         }
+        assert_eq!(plot.to_svg().unwrap(), svg);
+    }
+
+    #[test]
+    fn no_points_are_an_empty_frame() {
+        let plot = Plot {
+            title: String::new(),
+            x: String::new(),
+            y: String::new(),
+            series: Vec::new(),
+        };
+        assert!(plot.to_svg().unwrap().contains("<svg"));
     }
 }

@@ -214,7 +214,15 @@ pub fn unpin(options: &Options, args: &ModelArgs) -> Result<()> {
 }
 
 fn named(options: &Options, method: Method, args: &ModelArgs, done: &str) -> Result<()> {
-    let answer = options.ask(method, &json!({ "model": args.model }))?;
+    // A number, or a path: the daemon has another working directory.
+    let model = match args.model.parse::<u32>() {
+        Ok(_) => args.model.clone(),
+        Err(_) => std::path::absolute(&args.model)
+            .map_err(|error| Error::from_io(&error, &args.model))?
+            .display()
+            .to_string(),
+    };
+    let answer = options.ask(method, &json!({ "model": model }))?;
     options.answer(&answer, || Ok(format!("{done} {}\n", args.model)))
 }
 
@@ -256,7 +264,7 @@ pub fn metrics(options: &Options, args: &MetricsArgs) -> Result<()> {
     }
     if let Some(path) = &args.textfile {
         write_whole(path, &text)?;
-        let answer = json!({ "textfile": path, "bytes": text.len() });
+        let answer = json!({ "textfile": path.display().to_string(), "bytes": text.len() });
         let bytes = HumanBytes(text.len() as u64);
         return options.answer(&answer, || Ok(format!("{bytes} in {}\n", path.display())));
     }

@@ -169,7 +169,8 @@ impl Picture {
                 .total_cmp(&a.acquires_per_second)
                 .then(a.id.cmp(&b.id))
         });
-        let sum = |of: fn(&ModelRates) -> f64| models.iter().map(of).sum();
+        let sum =
+            |of: fn(&ModelRates) -> f64| models.iter().map(of).fold(0.0, |all, one| all + one);
         Self {
             seconds,
             read_gbps: sum(|model| model.read_gbps),

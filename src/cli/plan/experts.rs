@@ -7,7 +7,7 @@ use crate::units::HumanBytes;
 
 /// The cache, as `--json` has it.
 #[derive(Debug, Serialize)]
-pub(super) struct ExpertReport {
+pub(in crate::cli) struct ExpertReport {
     cache_bytes: u64,
     experts_bytes: u64,
     /// Resident because two experts share the page.

@@ -1,0 +1,242 @@
+//! A model whose files (or their headers) are there: the plan that `flea run` would make on a device, by `flea plan`.
+//!
+//! Invariant: memory and tokens per second are those of `flea plan` with the same memory, context and drive, because it is
+//! asked. What it does not know comes on top: states of layers, and keys and values stored otherwise than in f16.
+
+use std::path::{Path, PathBuf};
+
+use super::super::plan;
+use super::report::DeviceReport;
+use crate::error::{ErrorKind, Result};
+use crate::io::profile::Found;
+use crate::model::arch::{CONTEXT_MAX, Geometry};
+use crate::model::{Catalog, LayerKind, Role};
+use crate::plan::budget::smallest_total_bytes;
+use crate::plan::{PlanOptions, SLOTS_DEFAULT, smallest_budget_bytes};
+use crate::tools::analyze::verdict::largest;
+use crate::tools::analyze::{Breakdown, Device, KvStore, Question, Verdict};
+use crate::units::MemorySpec;
+
+/// Bytes of an f16.
+const F16_BYTES: f64 = 2.0;
+
+/// A model with a catalog, and what is asked about it.
+pub(super) struct Filed<'a> {
+    catalog: &'a Catalog,
+    geometry: &'a Geometry,
+    question: &'a Question,
+    path: PathBuf,
+    /// Stored bytes of keys and values over those in f16.
+    kv_share: f64,
+    pub(super) breakdown: Breakdown,
+}
+
+impl<'a> Filed<'a> {
+    pub(super) fn new(
+        catalog: &'a Catalog,
+        geometry: &'a Geometry,
+        question: &'a Question,
+        path: &Path,
+    ) -> Result<Self> {
+        let mut filed = Self {
+            catalog,
+            geometry,
+            question,
+            path: path.to_path_buf(),
+            kv_share: kv_share(geometry, question.kv)?,
+            breakdown: Breakdown::new(geometry, question)?,
+        };
+        filed.count();
+        Ok(filed)
+    }
+
+    /// The components as they are in the files and as the host holds them; their sum is what a resident model takes.
+    fn count(&mut self) {
+        let shape = plan::host_shape(&self.args(None, self.question.context_count), self.catalog);
+        let layers = |wanted: fn(LayerKind) -> bool| -> u64 {
+            let chosen = self
+                .catalog
+                .layers
+                .iter()
+                .filter(|layer| wanted(layer.kind));
+            chosen.map(|layer| layer.bytes).sum()
+        };
+        let kept = |wanted: fn(Role) -> bool| -> u64 {
+            let chosen = self
+                .catalog
+                .tensors
+                .iter()
+                .filter(|t| t.host_kept && wanted(t.role));
+            chosen.map(|tensor| tensor.extent.len_bytes).sum()
+        };
+        let blocks = layers(|kind| matches!(kind, LayerKind::Block(_)));
+        let head_bytes = layers(|kind| matches!(kind, LayerKind::Head { .. }));
+        let embedding_bytes = kept(|role| role == Role::TokenEmbedding);
+        let row_table_bytes = kept(|role| role == Role::PerLayerEmbedding);
+        let others = self
+            .catalog
+            .host_tensor_bytes
+            .saturating_sub(embedding_bytes + row_table_bytes);
+        let in_f16 = shape.kv_bytes();
+        let kv = self.kv_bytes(in_f16);
+        // Windows save nothing in llama.cpp's cache as `flea run` sets it up: their layers keep the whole context.
+        let (full, windowed) = self.geometry.kv_layer_counts();
+        let windowed = (kv as f64 * windowed as f64 / (full + windowed).max(1) as f64) as u64;
+        let rest = shape.host_bytes().saturating_sub(shape.host_tensor_bytes);
+        let rest = rest
+            .saturating_sub(in_f16)
+            .saturating_sub(shape.compute_bytes());
+        let largest = self.catalog.layers.iter().map(|layer| layer.bytes).max();
+        let experts = self
+            .catalog
+            .tensors
+            .iter()
+            .filter(|t| t.experts.is_some() && t.layers.is_some());
+        let expert_bytes: u64 = experts.map(|tensor| tensor.extent.len_bytes).sum();
+        let used = self
+            .geometry
+            .experts()
+            .map_or(0.0, |e| e.used_count as f64 / e.count as f64);
+        self.breakdown = Breakdown {
+            decoder_bytes: blocks.saturating_add(others),
+            embedding_bytes,
+            head_bytes,
+            row_table_bytes,
+            kv_full_bytes: kv - windowed,
+            kv_windowed_bytes: windowed,
+            activation_bytes: shape.compute_bytes(),
+            runtime_bytes: rest,
+            largest_layer_bytes: largest.unwrap_or(0),
+            expert_bytes,
+            active_expert_bytes: (expert_bytes as f64 * used) as u64,
+            ..self.breakdown.clone()
+        };
+    }
+
+    /// What `--memory 50%` is half of, and what comes on top.
+    pub(super) fn budget_base(&self) -> (u64, u64) {
+        let count = self.question.context_count;
+        let estimate = || plan::host_shape(&self.args(None, count), self.catalog).host_bytes();
+        let host = self.host_bytes(count).unwrap_or_else(estimate);
+        (self.catalog.model_bytes, host)
+    }
+
+    fn kv_bytes(&self, in_f16: u64) -> u64 {
+        (in_f16 as f64 * self.kv_share).ceil() as u64
+    }
+
+    /// What `flea plan` is asked.
+    fn args(&self, device: Option<&Device>, context_count: u64) -> plan::Args {
+        plan::Args {
+            // The smallest budget beside it is that of whole layers.
+            whole_experts: true,
+            expert_skew: 0.0,
+            model: self.path.clone(),
+            memory: device.map_or(MemorySpec::Auto, |device| {
+                MemorySpec::Bytes(device.memory_bytes)
+            }),
+            host_bytes: None,
+            slots: SLOTS_DEFAULT,
+            page_bytes: None,
+            ctx: Some(u32::try_from(context_count).unwrap_or(u32::MAX)),
+            ubatch: plan::UBATCH_DEFAULT_COUNT,
+            drive_gbps: device.and_then(|device| device.drive_gb_per_second),
+            compute_seconds: None,
+            layers: false,
+            json: false,
+        }
+    }
+
+    /// What the host holds besides weights, where that is not what `flea plan` estimates.
+    fn host_bytes(&self, context_count: u64) -> Option<u64> {
+        let more = self.breakdown.state_bytes;
+        if self.kv_share == 1.0 && more == 0 {
+            return None;
+        }
+        let shape = plan::host_shape(&self.args(None, context_count), self.catalog);
+        let in_f16 = shape.kv_bytes();
+        let without = shape.host_bytes().saturating_sub(in_f16);
+        Some(
+            without
+                .saturating_add(self.kv_bytes(in_f16))
+                .saturating_add(more),
+        )
+    }
+
+    /// What the model does on `device`.
+    pub(super) fn judge(
+        &self,
+        device: &Device,
+        compute_seconds: Option<f64>,
+    ) -> Result<DeviceReport> {
+        let context_count = self.question.context_count;
+        let args = plan::Args {
+            host_bytes: self.host_bytes(context_count),
+            compute_seconds,
+            ..self.args(Some(device), context_count)
+        };
+        let found = match &device.profile {
+            Some(profile) => Found::Measured(profile.clone()),
+            None => Found::Nothing,
+        };
+        // Whatever was asked for: the device need not be this machine.
+        let report = match plan::Report::new(&args, self.catalog, u64::MAX, &found) {
+            Ok(report) => Some(report),
+            Err(error) if error.kind() == ErrorKind::Refused => None,
+            Err(error) => return Err(error),
+        };
+        let smallest_bytes = self.smallest_bytes(context_count)?;
+        let verdict = match &report {
+            None => Verdict::Infeasible,
+            Some(report) if report.slots_count == 0 => Verdict::Resident,
+            Some(_) => Verdict::Streamed,
+        };
+        let most = self
+            .geometry
+            .context_max_count
+            .unwrap_or(CONTEXT_MAX)
+            .min(u64::from(u32::MAX));
+        let runs = |count| {
+            self.smallest_bytes(count)
+                .is_ok_and(|bytes| bytes <= device.memory_bytes)
+        };
+        let resident = |count| {
+            let asked = plan::Args {
+                host_bytes: self.host_bytes(count),
+                ..self.args(Some(device), count)
+            };
+            plan::Report::new(&asked, self.catalog, u64::MAX, &Found::Nothing)
+                .is_ok_and(|report| report.slots_count == 0)
+        };
+        Ok(DeviceReport::planned(
+            device,
+            verdict,
+            report,
+            smallest_bytes,
+            largest(most, runs),
+            largest(most, resident),
+        ))
+    }
+
+    /// The least memory that `flea run` would begin with.
+    fn smallest_bytes(&self, context_count: u64) -> Result<u64> {
+        let options = PlanOptions::for_catalog(self.catalog);
+        let weights = smallest_budget_bytes(self.catalog, &options)?;
+        let shape = plan::host_shape(&self.args(None, context_count), self.catalog);
+        let host = self
+            .host_bytes(context_count)
+            .unwrap_or_else(|| shape.host_bytes());
+        Ok(smallest_total_bytes(weights, host))
+    }
+}
+
+/// Stored bytes of keys and values over those in f16; exactly 1 for f16 itself.
+fn kv_share(geometry: &Geometry, kv: KvStore) -> Result<f64> {
+    let (mut stored, mut in_f16) = (0.0, 0.0);
+    for group in geometry.kv_groups(1) {
+        let count = group.count as f64;
+        stored += kv.vector_bytes(group.vector_count)? * count;
+        in_f16 += group.vector_count as f64 * F16_BYTES * count;
+    }
+    Ok(if in_f16 > 0.0 { stored / in_f16 } else { 1.0 })
+}
