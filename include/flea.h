@@ -92,6 +92,10 @@
 // flags: make the plan, and start reading, at the first acquire instead of at open.
 #define FLEA_OPEN_DEFER_PLAN 1
 
+// flags: this host acquires tensors with FLEA_TENSOR_EXPERTS by flea_acquire_ranges, only the experts it needs; flea_acquire
+// of a layer leaves them out. Without effect through a daemon and with FLEA_BACKING_SHARED: no tensor has the flag then.
+#define FLEA_OPEN_EXPERTS 2
+
 // fallbacks: O_DIRECT was refused; reads go through the page cache and are dropped behind.
 #define FLEA_FALLBACK_BUFFERED 1
 
@@ -109,6 +113,10 @@
 
 // tensor flags: rows or globals that the host keeps itself (token embeddings). A tied output head is both.
 #define FLEA_TENSOR_HOST_KEPT 1
+
+// tensor flags: routed experts, one behind the other in equal parts along the last dimension, of which only those are in
+// memory that flea_acquire_ranges asked for.
+#define FLEA_TENSOR_EXPERTS 2
 
 // type: 4-byte floats.
 #define FLEA_KV_F32 0
@@ -196,6 +204,8 @@ typedef struct flea_info {
   uint64_t streamed_bytes_per_pass;
   // The model's architecture, such as "llama". Lives as long as the model.
   const char *architecture;
+  // All slots for experts that are fetched one by one, in bytes; 0 where layers come with all they have (plan).
+  uint64_t expert_cache_bytes;
 } flea_info;
 
 // One tensor of a model.
@@ -227,6 +237,14 @@ typedef struct flea_tensor {
   // Its name. Lives as long as the model.
   const char *name;
 } flea_tensor;
+
+// A range of a model's addresses.
+typedef struct flea_range {
+  // Its first byte.
+  const void *addr;
+  // Its length.
+  uint64_t bytes;
+} flea_range;
 
 // Counters of a model since it was opened.
 typedef struct flea_stats_data {
@@ -264,6 +282,14 @@ typedef struct flea_stats_data {
   uint64_t page_bytes;
   // Measured share of the pool that lies on huge pages, 0 to 1.
   double huge_page_share;
+  // Calls of flea_acquire_ranges that named experts: each is a cut in the host's computing.
+  uint64_t expert_calls;
+  // Experts' parts of tensors that were acquired and in memory, or on their way.
+  uint64_t expert_hits;
+  // Experts' parts of tensors that were acquired and had to be read.
+  uint64_t expert_misses;
+  // Bytes read for them.
+  uint64_t expert_bytes_read;
 } flea_stats_data;
 
 // A KV codec for vectors of one length. Opaque; it never changes, so any number of threads may use it at a time.
@@ -346,6 +372,24 @@ int32_t flea_acquire(struct flea_model *model,
 //
 // Threads: any, also another than the acquire's. Returns FLEA_OK or INVALID (the layer is not acquired).
 int32_t flea_release(struct flea_model *model, uint32_t layer);
+
+// Waits until all ranges are in memory and keeps them there until flea_release_ranges with the same ranges: for weights that
+// are known only at run time, such as the experts that a router chose. All reads of a call are started at once.
+//
+// `ranges`: `count` of them, 1 to 65536, each inside a tensor of a layer; not kept. A range of a weight that comes with its
+// layer is a lease of that range of the layer, as flea_acquire gives it. A call gets all of its ranges or none.
+// `timeout_ns`: below 0 waits for ever, 0 starts the reads and says whether they were needed.
+// Threads: any. Returns FLEA_OK or: INVALID (a range that is not all weights), REFUSED (more experts than their cache has
+// slots: ask for fewer at a time), BUSY (this thread holds what it would wait for), and what flea_acquire returns.
+int32_t flea_acquire_ranges(struct flea_model *model,
+                            const struct flea_range *ranges,
+                            size_t count,
+                            int64_t timeout_ns);
+
+// Gives back what a flea_acquire_ranges with the same ranges got. Their bytes may change from now on.
+//
+// Threads: any, also another than the acquire's. Returns FLEA_OK or INVALID (they are not acquired).
+int32_t flea_release_ranges(struct flea_model *model, const struct flea_range *ranges, size_t count);
 
 // Says which layers will be acquired next, in order. flea learns the order of a pass by itself; a hint overrides it
 // once. A wrong hint costs time, never a wrong byte.

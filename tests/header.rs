@@ -62,6 +62,7 @@ fn the_header_has_these_calls_and_no_others() {
     let expected = [
         "flea_abi_version",
         "flea_acquire",
+        "flea_acquire_ranges",
         "flea_hint",
         "flea_kv_bound",
         "flea_kv_calibrate",
@@ -79,6 +80,7 @@ fn the_header_has_these_calls_and_no_others() {
         "flea_model_tensor",
         "flea_model_tensor_at",
         "flea_release",
+        "flea_release_ranges",
         "flea_stats",
         "flea_status_name",
     ];

@@ -54,12 +54,13 @@ fn run(model: &Path, arguments: &[&str]) -> Command {
 }
 
 /// The smallest weight budget that plans, as a percentage of the model for --memory.
-fn smallest_percent(model: &Path) -> String {
+fn smallest_percent(model: &Path, extra: &[&str]) -> String {
     let plan = json(
         flea()
             .arg("plan")
             .arg(model)
-            .args(["--memory", "400%", "--json"]),
+            .args(["--memory", "400%", "--json"])
+            .args(extra),
     );
     let percent = number(&plan, "smallest_budget_bytes") / number(&plan, "model_bytes") * 100.0;
     format!("{:.3}%", percent + 0.001)
@@ -100,7 +101,8 @@ fn check_architecture(arch: &str, dtypes: &[&str]) {
         let model = tiny(arch, dtype);
         let reference = json(&mut run(&model, &["--no-stream"]));
         assert_eq!(number(&reference, "acquires"), 0.0);
-        let least = smallest_percent(&model);
+        // Experts come with their layer here; by themselves below.
+        let least = smallest_percent(&model, &["--whole-experts"]);
         for (index, memory) in [least.as_str(), "60%", "90%", "110%"]
             .into_iter()
             .enumerate()
@@ -115,7 +117,15 @@ fn check_architecture(arch: &str, dtypes: &[&str]) {
             let what = format!("{arch} {dtype} {memory} {backing} {reader}");
             let result = json(&mut run(
                 &model,
-                &["--memory", memory, "--backing", backing, "--reader", reader],
+                &[
+                    "--memory",
+                    memory,
+                    "--backing",
+                    backing,
+                    "--reader",
+                    reader,
+                    "--whole-experts",
+                ],
             ));
             assert_same(&reference, &result, &what);
             assert_eq!(result["reader"], reader, "{what}");
@@ -205,6 +215,109 @@ fn qwen3moe_is_bit_identical() {
     check_architecture("qwen3moe", &["f16", "q4_0"]);
 }
 
+/// Experts that are fetched one by one: the same bits, for prompts of one token and of several ubatches, down to the smallest
+/// cache, and what was read is what was missing.
+fn check_experts(arch: &str, dtype: &str) {
+    let mut arguments = vec![
+        "--arch", arch, "--layers", "6", "--embd", "256", "--ffn", "512",
+    ];
+    arguments.extend([
+        "--heads",
+        "4",
+        "--kv-heads",
+        "2",
+        "--vocab",
+        "800",
+        "--seed",
+        "7",
+    ]);
+    arguments.extend(["--experts", "16", "--experts-used", "4", "--type", dtype]);
+    let model = synth(&format!("experts-{arch}-{dtype}"), &arguments);
+    let least = smallest_percent(&model, &[]);
+    let ids: Vec<String> = (0..600u32)
+        .map(|index| (260 + index * 7 % 500).to_string())
+        .collect();
+    for prompt in ["300", &ids.join(",")] {
+        let command = |extra: &[&str]| {
+            let mut command = flea();
+            command
+                .arg("run")
+                .arg(&model)
+                .args(["--prompt-tokens", prompt, "-n", "12"]);
+            command.args(["--ignore-eos", "--json", "--threads", "2", "--ctx", "1024"]);
+            command.args(extra);
+            command
+        };
+        let reference = json(&mut command(&["--no-stream"]));
+        for (memory, reader) in [
+            (least.as_str(), "io_uring"),
+            ("45%", "pread"),
+            ("70%", "io_uring"),
+        ] {
+            let what = format!(
+                "{arch} {dtype} {memory} {reader}, prompt of {}",
+                prompt.len()
+            );
+            let result = json(&mut command(&["--memory", memory, "--reader", reader]));
+            assert_same(&reference, &result, &what);
+            let plan = json(
+                flea()
+                    .arg("plan")
+                    .arg(&model)
+                    .args(["--memory", memory, "--json"]),
+            );
+            let experts = &plan["experts"];
+            assert_eq!(
+                number(&result, "resident_bytes"),
+                number(&plan, "resident_bytes"),
+                "{what}"
+            );
+            assert_eq!(
+                number(&result, "expert_cache_bytes"),
+                number(experts, "cache_bytes"),
+                "{what}"
+            );
+            let (hits, misses) = (
+                number(&result, "expert_hits"),
+                number(&result, "expert_misses"),
+            );
+            // The smallest cache holds one layer: what it held is gone when its turn comes again.
+            assert!(
+                (hits > 0.0 || memory == least) && misses > 0.0,
+                "{what}: {result}"
+            );
+            assert!(
+                number(&result, "expert_cuts") >= 12.0 * 6.0,
+                "{what}: {result}"
+            );
+            // Pages that two experts share are read once and stay.
+            let own = number(experts, "experts_bytes") - number(experts, "shared_bytes");
+            let each = own / number(experts, "units_count");
+            let read = number(&result, "expert_bytes_read");
+            assert!(
+                (read / (misses * each) - 1.0).abs() < 0.05,
+                "{what}: {read} bytes read for {misses} parts of {each}"
+            );
+            let all = number(&result, "bytes_read");
+            let known = read + number(&result, "resident_bytes");
+            assert!(
+                (all / known - 1.0).abs() < 0.02,
+                "{what}: {all} bytes read, {known} known"
+            );
+        }
+    }
+}
+
+#[test]
+fn experts_one_by_one_are_bit_identical_in_mixtral() {
+    check_experts("mixtral", "q8_0");
+}
+
+#[test]
+fn experts_one_by_one_are_bit_identical_in_qwen3moe() {
+    check_experts("qwen3moe", "q4_k_m");
+}
+
 #[test]
 fn tied_and_untied_heads_are_bit_identical() {
     for tied in [&["--tied"][..], &[]] {
@@ -228,7 +341,10 @@ fn tied_and_untied_heads_are_bit_identical() {
         let model = synth("head", &arguments);
         let catalog = json(flea().arg("inspect").arg(&model).arg("--json"));
         let reference = json(&mut run(&model, &["--no-stream"]));
-        let result = json(&mut run(&model, &["--memory", &smallest_percent(&model)]));
+        let result = json(&mut run(
+            &model,
+            &["--memory", &smallest_percent(&model, &[])],
+        ));
         assert_same(&reference, &result, &format!("tied={tied:?} {catalog}"));
         assert_streamed(&result);
     }
@@ -375,7 +491,7 @@ mod faults {
     #[test]
     fn a_flipped_byte_in_a_transient_page_changes_the_logits() {
         let model = tiny("llama", "f16");
-        let memory = smallest_percent(&model);
+        let memory = smallest_percent(&model, &[]);
         let reference = json(&mut run(&model, &["--memory", &memory]));
         let plan = json(
             flea()
@@ -464,7 +580,7 @@ fn mirrors_and_a_trace_change_no_bit() {
     )
     .expect("a copy");
     let trace = copies.path().join("trace.json");
-    let smallest = smallest_percent(&model);
+    let smallest = smallest_percent(&model, &[]);
     let plain = json(&mut run(&model, &["--memory", &smallest]));
     let arguments = [
         "--memory",

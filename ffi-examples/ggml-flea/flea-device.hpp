@@ -7,6 +7,7 @@
 //   flea-buffer.cpp  memory: streamed weights stand in flea's windows, everything else is plain anonymous memory
 //   flea-graph.cpp   graph_compute: cut where the layer changes, acquire, compute, release
 //   flea-arriving.cpp  the same for a layer that is still being read: compute with the part that is there
+//   flea-experts.cpp   experts that are fetched one by one: cut where a router has chosen
 //   flea-stats.cpp   counters, FLEA_STATS
 //   flea-env.cpp     FLEA_* variables, log lines
 //
@@ -43,6 +44,7 @@ struct Environment {
     std::string mirrors;   // FLEA_MIRROR: directories with copies, separated by ':'
     std::string model;     // FLEA_MODEL; empty = search
     std::string stats;     // FLEA_STATS; empty = none
+    bool experts = true;   // FLEA_EXPERTS=off: experts come with their layer
     std::string endpoint;  // FLEA_ENDPOINT; empty = in this process
     uint32_t reader = FLEA_READER_AUTO;
     LogLevel log = LogLevel::warn;
@@ -82,6 +84,7 @@ struct Weight {
     uint64_t rows_per_layer = 0;
     uint64_t bytes = 0;
     void * data = nullptr;
+    uint32_t experts = 0;  // so many, acquired one by one; 0: comes with its layer
     mutable std::atomic<bool> placed { false };  // some tensor of the host stands here
 
     bool is_cut() const { return layer_last > layer; }
@@ -100,6 +103,7 @@ struct Model {
     size_t missed = 0;  // tensors asked for while its file was open, and not in it; guarded by the finder's mutex
     size_t placed_buffers_count = 0;  // live ggml buffers that hold placed weights; guarded by the finder's mutex
     std::atomic<bool> planned { false };
+    std::atomic<bool> fetches_experts { false };  // the plan has a cache of experts
     std::atomic<bool> warned { false };  // that layers are missing
     std::atomic<bool> refused { false };  // that there is no plan; a host tries again with every decode
     std::mutex hint_mutex;
@@ -225,6 +229,15 @@ class Lease {
 // Computes a step whose layer is still being read, as its weights arrive. Ends with a lease on the whole layer.
 ggml_status compute_arriving(Stream & stream, ggml_cgraph * graph, const Step & step, Lease & lease, int32_t * status);
 
+// ---- flea-experts.cpp
+
+// True when a step has operations whose experts are fetched one by one.
+bool has_routed(ggml_cgraph * graph, const Step & step);
+// Computes such a step, whose layer is leased.
+ggml_status compute_routed(Stream & stream, ggml_cgraph * graph, const Step & step, int32_t * status);
+// Copies bytes [from, to) of a weight whose experts are fetched one by one.
+int32_t read_experts(const Weight * weight, uint64_t from, uint64_t to, char * data);
+
 // ---- ggml-flea.cpp
 
 ggml_backend_dev_t device();
@@ -239,6 +252,8 @@ struct Counters {
     std::atomic<uint64_t> graphs { 0 };
     std::atomic<uint64_t> pieces { 0 };
     std::atomic<uint64_t> early_pieces { 0 };  // computed before their layer was whole
+    std::atomic<uint64_t> expert_cuts { 0 };   // graphs cut to see what a router chose
+    std::atomic<uint64_t> expert_groups { 0 };  // parts of operations whose experts did not fit into the cache together
     std::atomic<uint64_t> peak_memory_bytes { 0 };
 };
 

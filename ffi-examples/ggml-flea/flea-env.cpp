@@ -20,7 +20,7 @@ namespace {
 
 constexpr const char * known_names[] = {
     "FLEA_MEMORY", "FLEA_MODEL", "FLEA_STATS", "FLEA_ENDPOINT", "FLEA_READER", "FLEA_LOG", "FLEA_FAULT", "FLEA_PROFILE",
-    "FLEA_MIRROR",
+    "FLEA_MIRROR", "FLEA_EXPERTS",
 };
 
 std::string variable(const char * name) {
@@ -44,6 +44,13 @@ uint32_t parse_reader(const std::string & text, std::string & error) {
     if (text == "pread") { return FLEA_READER_PREAD; }
     error = "FLEA_READER=" + text + ": expected auto, io_uring or pread";
     return FLEA_READER_AUTO;
+}
+
+bool parse_experts(const std::string & text, std::string & error) {
+    if (text.empty() || text == "on") { return true; }
+    if (text == "off") { return false; }
+    error = "FLEA_EXPERTS=" + text + ": expected on or off";
+    return true;
 }
 
 void warn_unknown(LogLevel level) {
@@ -71,6 +78,7 @@ Environment read_environment() {
     result.endpoint = variable("FLEA_ENDPOINT");
     result.log      = parse_level(variable("FLEA_LOG"), result.error);
     result.reader   = parse_reader(variable("FLEA_READER"), result.error);
+    result.experts  = parse_experts(variable("FLEA_EXPERTS"), result.error);
     warn_unknown(result.log);
     return result;
 }

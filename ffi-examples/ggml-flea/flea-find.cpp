@@ -70,7 +70,7 @@ std::unique_ptr<Model> open_model(Finder & f, const std::string & first_shard) {
     flea_open_options options = {};
     options.struct_size = sizeof(options);
     options.reader = env.reader;
-    options.flags = FLEA_OPEN_DEFER_PLAN;
+    options.flags = FLEA_OPEN_DEFER_PLAN | (env.experts ? FLEA_OPEN_EXPERTS : 0);
     options.memory = env.memory.empty() ? nullptr : env.memory.c_str();
     options.mirrors = env.mirrors.empty() ? nullptr : env.mirrors.c_str();
     options.endpoint = env.endpoint.empty() ? nullptr : env.endpoint.c_str();

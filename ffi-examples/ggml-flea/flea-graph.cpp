@@ -199,6 +199,12 @@ ggml_status compute_step(Stream & stream, ggml_cgraph * graph, const Step & step
             break;
     }
     if (step.model) {
+        if (has_routed(graph, step)) {
+            // The first lease makes the plan, which says whether experts are fetched one by one.
+            *status = lease.take(step.model, (uint32_t) step.layer, &stream);
+            if (*status != FLEA_OK) { return GGML_STATUS_FAILED; }
+            if (step.model->fetches_experts.load(std::memory_order_acquire)) { return compute_routed(stream, graph, step, status); }
+        }
         if (waits_for_parts() && !lease.take_if_ready(step.model, (uint32_t) step.layer)) {
             return compute_arriving(stream, graph, step, lease, status);
         }

@@ -59,6 +59,7 @@ bool read_catalog(Model & model) {
         weight->rows_per_layer = tensor.rows_per_layer;
         weight->bytes = tensor.bytes;
         weight->data = const_cast<void *>(tensor.data);
+        if (tensor.flags & FLEA_TENSOR_EXPERTS) { weight->experts = (uint32_t) tensor.shape[2]; }
         model.by_address.emplace(tensor.data, weight.get());
         model.weights.emplace(tensor.name, std::move(weight));
     }
@@ -108,10 +109,12 @@ void model_before_acquire(Model * model) {
 }
 
 void model_acquired(Model * model) {
-    if (model->planned.exchange(true, std::memory_order_acq_rel)) { return; }
+    if (model->planned.load(std::memory_order_acquire)) { return; }
     flea_info info = {};
     info.struct_size = sizeof(info);
-    if (flea_model_info(model->handle, &info) != FLEA_OK) { return; }
+    const bool known = flea_model_info(model->handle, &info) == FLEA_OK;
+    if (known && info.expert_cache_bytes > 0) { model->fetches_experts.store(true, std::memory_order_release); }
+    if (model->planned.exchange(true, std::memory_order_acq_rel) || !known) { return; }
     const auto mib = [](uint64_t bytes) { return (unsigned long long) (bytes >> 20); };
     log_line(LogLevel::info, "%s: model %llu MiB, memory %llu MiB, of it weights %llu MiB: %llu MiB resident, %llu MiB streamed per pass",
              model->path.c_str(), mib(info.model_bytes), mib(info.total_bytes), mib(info.weight_budget_bytes), mib(info.resident_bytes),

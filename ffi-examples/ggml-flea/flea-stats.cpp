@@ -131,6 +131,12 @@ std::string json(const Snapshot & s) {
     object.number("graphs", counters.graphs);
     object.number("pieces", counters.pieces);
     object.number("early_pieces", counters.early_pieces);
+    object.number("expert_cache_bytes", info.expert_cache_bytes);
+    object.number("expert_hits", stats.expert_hits);
+    object.number("expert_misses", stats.expert_misses);
+    object.number("expert_bytes_read", stats.expert_bytes_read);
+    object.number("expert_cuts", counters.expert_cuts);
+    object.number("expert_groups", counters.expert_groups);
     const char * text = nullptr;
     const int32_t status = ggml_backend_flea_last_failure(&text);
     object.raw("error", status == FLEA_OK ? "null" : "{\"status\":" + quoted(flea_status_name(status)) + ",\"message\":" + quoted(text) + "}");
@@ -195,4 +201,5 @@ void stats_start() {
 
 uint64_t ggml_backend_flea_loader_bytes(void) { return ggml_flea::counters.loader_bytes; }
 
+uint64_t ggml_backend_flea_expert_cuts(void) { return ggml_flea::counters.expert_cuts; }
 uint64_t ggml_backend_flea_early_pieces(void) { return ggml_flea::counters.early_pieces; }

@@ -64,6 +64,9 @@ GGML_FLEA_API uint64_t ggml_backend_flea_loader_bytes(void);
 /* Pieces of graphs that were computed before their layer was whole. */
 GGML_FLEA_API uint64_t ggml_backend_flea_early_pieces(void);
 
+/* How often a graph was cut to see which experts a router had chosen. */
+GGML_FLEA_API uint64_t ggml_backend_flea_expert_cuts(void);
+
 #ifdef __cplusplus
 }
 #endif

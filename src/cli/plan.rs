@@ -15,13 +15,17 @@ use crate::error::Result;
 use crate::io::profile::{self, Device, Found};
 use crate::model::Catalog;
 use crate::plan::budget::{HostShape, resolve_and_plan, smallest_total_bytes};
+use crate::plan::experts::has_experts;
 use crate::plan::{
-    Budget, Plan, PlanOptions, SLOTS_DEFAULT, SLOTS_MAX, SLOTS_MIN, default_page_bytes, peak_bytes,
+    Budget, ExpertOptions, Method, Plan, PlanOptions, SLOTS_DEFAULT, SLOTS_MAX, SLOTS_MIN,
+    default_page_bytes, peak_bytes,
 };
-use crate::units::{HumanBytes, MemorySpec};
+use crate::units::{HumanBytes, MemorySpec, PAGE_4K};
 
+mod experts;
 pub mod prediction;
 
+use experts::ExpertReport;
 use prediction::{Basis, PredictionReport};
 
 /// Context that `flea run` takes unless told otherwise, or the model's if that is shorter.
@@ -80,6 +84,14 @@ pub struct Args {
     /// Seconds that computing one token takes with all weights in memory, for the prediction [default: the profile]
     #[arg(long, value_name = "S", value_parser = not_negative)]
     pub compute_seconds: Option<f64>,
+
+    /// Stream a layer with all its experts instead of fetching those that are chosen
+    #[arg(long)]
+    pub whole_experts: bool,
+
+    /// How unevenly experts are chosen, for the prediction: the exponent of a Zipf law, 0 = all alike
+    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = not_negative)]
+    pub expert_skew: f64,
 
     /// Show every layer
     #[arg(long)]
@@ -157,6 +169,8 @@ pub(super) struct Report {
     pub(super) slot_bytes: u64,
     pub(super) layers_count: u32,
     pub(super) transient_layers_count: u32,
+    /// The cache of experts; `null` where layers are streamed with all they have.
+    pub(super) experts: Option<ExpertReport>,
     /// The most the host will hold, once its context is full and a prompt has filled a ubatch.
     pub(super) peak_memory_bytes: u64,
     /// Where the prediction's figures come from.
@@ -190,14 +204,9 @@ impl Report {
         found: &Found,
     ) -> Result<Self> {
         let host_bytes = args.host_bytes.unwrap_or_else(|| estimate(args, catalog));
-        let options = PlanOptions {
-            slots_count: args.slots,
-            page_bytes: args
-                .page_bytes
-                .unwrap_or_else(|| default_page_bytes(catalog)),
-        };
+        let method = method(args, catalog);
         let (budget, plan) =
-            resolve_and_plan(catalog, args.memory, available_bytes, host_bytes, &options)?;
+            resolve_and_plan(catalog, args.memory, available_bytes, host_bytes, &method)?;
         let basis = Basis::new(args.drive_gbps, args.compute_seconds, found, catalog, &plan);
         let prediction = basis
             .map(|basis| PredictionReport::new(&plan, &basis))
@@ -234,6 +243,7 @@ impl Report {
             slot_bytes: plan.slot_bytes(),
             layers_count: u32::try_from(plan.layers.len()).unwrap_or(u32::MAX),
             transient_layers_count: plan.transient_layers_count(),
+            experts: plan.experts.as_ref().map(ExpertReport::new),
             peak_memory_bytes: peak_bytes(plan, budget.host_bytes),
             profile: String::new(),
             prediction: None,
@@ -277,15 +287,25 @@ impl Report {
                 size(self.always_resident_bytes)
             ),
         );
-        table.field("  ring", self.ring_text());
+        match &self.experts {
+            Some(experts) => table.field("  experts' cache", experts.text()),
+            None => table.field("  ring", self.ring_text()),
+        };
         table.field(
-            "streamed per pass",
-            format_args!(
-                "{} in {} of {} layers",
-                size(self.streamed_bytes_per_pass),
-                self.transient_layers_count,
-                self.layers_count
-            ),
+            self.streamed_label(),
+            match &self.experts {
+                Some(experts) => format!(
+                    "{} of the {} of experts that a token uses",
+                    size(self.streamed_bytes_per_pass),
+                    size(experts.used_bytes_per_token)
+                ),
+                None => format!(
+                    "{} in {} of {} layers",
+                    size(self.streamed_bytes_per_pass),
+                    self.transient_layers_count,
+                    self.layers_count
+                ),
+            },
         );
         table.field(
             "smallest total",
@@ -304,6 +324,13 @@ impl Report {
         table
     }
 
+    const fn streamed_label(&self) -> &'static str {
+        match self.experts {
+            Some(_) => "read per token",
+            None => "streamed per pass",
+        }
+    }
+
     fn ring_text(&self) -> String {
         if self.slots_count == 0 {
             return "none: everything is resident".to_owned();
@@ -316,6 +343,24 @@ impl Report {
             HumanBytes(self.page_bytes)
         )
     }
+}
+
+/// As `flea run` would plan.
+fn method(args: &Args, catalog: &Catalog) -> Method {
+    let layers = PlanOptions {
+        slots_count: args.slots,
+        page_bytes: args
+            .page_bytes
+            .unwrap_or_else(|| default_page_bytes(catalog)),
+    };
+    if args.whole_experts || !has_experts(catalog) {
+        return Method::Layers(layers);
+    }
+    let experts = ExpertOptions {
+        page_bytes: args.page_bytes.unwrap_or(PAGE_4K),
+        skew: args.expert_skew,
+    };
+    Method::Experts { layers, experts }
 }
 
 /// What `flea run` with its defaults would hold besides the weights.

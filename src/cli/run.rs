@@ -181,6 +181,10 @@ struct StreamingArgs {
     /// Compute with a layer only when all of it is there, not as its parts arrive: to compare
     #[arg(long)]
     whole_layers: bool,
+
+    /// Stream a layer with all its experts instead of fetching those that are chosen
+    #[arg(long)]
+    whole_experts: bool,
 }
 
 /// Checks a memory size early; the engine takes the text.
@@ -352,6 +356,7 @@ fn session_options(args: &Args) -> SessionOptions {
             request_bytes: streaming.request_bytes.unwrap_or(0),
             depth: streaming.depth.unwrap_or(0),
             whole_layers: streaming.whole_layers,
+            whole_experts: streaming.whole_experts,
             mirrors: streaming.mirror.clone(),
         }),
         context_tokens: args.ctx,

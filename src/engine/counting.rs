@@ -80,6 +80,7 @@ impl Running {
         stats.stall_ns = state.stall_ns;
         stats.stall_counts = state.stall_counts;
         stats.slots = state.slot_counts();
+        stats.experts = state.expert_counts();
         stats.mispredicts = state.mispredicts();
     }
 

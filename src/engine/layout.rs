@@ -6,7 +6,8 @@
 //! Invariant: every planned byte of a layer lies in exactly one of the layer's fetches.
 
 use crate::model::Catalog;
-use crate::plan::{PageRun, Plan};
+use crate::plan::{ExpertPlan, PageRun, Plan, Unit};
+use std::ops::Range;
 
 /// One run of pages that is read as a whole.
 #[derive(Debug, Clone)]
@@ -67,6 +68,17 @@ impl Spans {
         let span = self.sorted.get(after.checked_sub(1)?)?;
         (span.shard_index == shard_index && offset_bytes < span.end_bytes).then_some(span.layer)
     }
+
+    /// The layer that byte `offset_bytes` of a shard belongs to, and where the tensor's part in that layer ends.
+    #[must_use]
+    pub(super) fn part_at(&self, shard_index: u32, offset_bytes: u64) -> Option<(u32, u64)> {
+        let after = self.sorted.partition_point(|span| {
+            (span.shard_index, span.start_bytes) <= (shard_index, offset_bytes)
+        });
+        let span = self.sorted.get(after.checked_sub(1)?)?;
+        (span.shard_index == shard_index && offset_bytes < span.end_bytes)
+            .then_some((span.layer, span.end_bytes))
+    }
 }
 
 /// All fetches of a plan.
@@ -84,6 +96,10 @@ pub struct Layout {
     pub fixed_slot: Vec<Option<u32>>,
     /// How many slots the ring has.
     pub slots_count: u32,
+    /// The experts' part of the plan. Fetch `first_unit + n` is that of unit n.
+    pub experts: Option<ExpertPlan>,
+    /// The fetch of the first unit.
+    pub first_unit: u32,
 }
 
 impl Layout {
@@ -107,6 +123,8 @@ impl Layout {
                 .map(|layer| layer.slot_index.filter(|_| fixed_slots))
                 .collect(),
             slots_count,
+            experts: plan.experts.clone(),
+            first_unit: u32::MAX,
         };
         layout.add_resident(catalog, plan);
         for (layer, entry) in (0u32..).zip(&plan.layers) {
@@ -115,7 +133,41 @@ impl Layout {
                 layout.of_layer[layer as usize].push(index);
             }
         }
+        layout.first_unit = u32::try_from(layout.fetches.len()).unwrap_or(u32::MAX);
+        for unit in plan.experts.iter().flat_map(|experts| &experts.units) {
+            layout.add(unit.run, None);
+        }
         layout
+    }
+
+    /// Slots of the ring and of experts.
+    pub fn all_slots_count(&self) -> u32 {
+        let experts = self.experts.as_ref();
+        self.slots_count + experts.map_or(0, ExpertPlan::slots_count)
+    }
+
+    /// The units; none where layers are streamed with all they have.
+    pub fn units(&self) -> &[Unit] {
+        self.experts.as_ref().map_or(&[], |experts| &experts.units)
+    }
+
+    /// The unit that a fetch brings.
+    pub fn unit_of(&self, fetch: u32) -> Option<u32> {
+        (self.experts.is_some() && fetch >= self.first_unit).then(|| fetch - self.first_unit)
+    }
+
+    /// The units that have bytes in a range of a shard.
+    pub fn units_in(&self, shard_index: u32, start_bytes: u64, end_bytes: u64) -> Range<u32> {
+        let units = self.units();
+        let before = |unit: &Unit| {
+            (unit.extent.shard_index, unit.extent.end_bytes()) <= (shard_index, start_bytes)
+        };
+        let until = |unit: &Unit| {
+            (unit.extent.shard_index, unit.extent.offset_bytes) < (shard_index, end_bytes)
+        };
+        let first = units.partition_point(before);
+        let end = units.partition_point(until).max(first);
+        first as u32..end as u32
     }
 
     fn add(&mut self, run: PageRun, transient_of: Option<u32>) -> u32 {
@@ -188,6 +240,8 @@ struct ResidentPart {
 fn resident_parts(catalog: &Catalog, plan: &Plan) -> Vec<ResidentPart> {
     let page = plan.page_bytes;
     let mut parts: Vec<ResidentPart> = Vec::new();
+    let units = plan.experts.as_ref();
+    let units = units.map_or(&[][..], |experts| &experts.units);
     for (layer, entry) in (0u32..).zip(&catalog.layers) {
         let transient = plan.layers[layer as usize].transient;
         let mut ranges: Vec<(u32, u64, u64)> = Vec::new();
@@ -200,7 +254,7 @@ fn resident_parts(catalog: &Catalog, plan: &Plan) -> Vec<ResidentPart> {
                     ranges.push((shard_index, first, end.min(run.first_page)));
                     ranges.push((shard_index, first.max(run.first_page + run.page_count), end));
                 }
-                None => ranges.push((shard_index, first, end)),
+                None => push_without(units, shard_index, first, end, &mut ranges),
             }
         }
         ranges.retain(|range| range.1 < range.2);
@@ -224,4 +278,26 @@ fn resident_parts(catalog: &Catalog, plan: &Plan) -> Vec<ResidentPart> {
         }
     }
     parts
+}
+
+/// Pages `first..end` but for the runs of units in there.
+fn push_without(
+    units: &[Unit],
+    shard_index: u32,
+    first: u64,
+    end: u64,
+    ranges: &mut Vec<(u32, u64, u64)>,
+) {
+    let from = units.partition_point(|unit| {
+        (unit.run.shard_index, unit.run.end_page()) <= (shard_index, first)
+    });
+    let mut at = first;
+    for unit in &units[from..] {
+        if unit.run.shard_index != shard_index || unit.run.first_page >= end {
+            break;
+        }
+        ranges.push((shard_index, at, unit.run.first_page));
+        at = unit.run.end_page();
+    }
+    ranges.push((shard_index, at, end));
 }

@@ -2,11 +2,13 @@
 //!
 //! * [`open`]: path to catalog. * [`options`]: how to open it. * [`model`]: what a host holds. * `layout`: what there is to fetch.
 //! * `order`: what comes next. * [`trace`]: what happened when. * `latency`: how long loads took. * `reading`: how it is read. * `state`: who holds what.
-//! * `pick`: what to read next. * [`board`]: leases of other processes. * `wait`: how a host sleeps for it. * `stream`: the
+//! * `pick`: what to read next. `experts`: which of them are cached. [`ranges`]: leases of byte ranges.
+//! * * [`board`]: leases of other processes. * `wait`: how a host sleeps for it. * `stream`: the
 //!   one thread that moves bytes.
 
 pub mod board;
 mod counting;
+mod experts;
 mod latency;
 mod layout;
 pub mod leases;
@@ -16,6 +18,7 @@ pub mod options;
 mod order;
 mod pick;
 mod placement;
+pub mod ranges;
 mod reading;
 pub mod serve;
 pub mod share;
@@ -26,12 +29,14 @@ pub mod trace;
 mod wait;
 
 pub use board::Board;
+pub use experts::ExpertCounts;
 pub use latency::Latency;
 pub use layout::Spans;
 pub use leases::LEASES_MAX;
 pub use model::Model;
 pub use open::read_catalog;
 pub use options::{BudgetSpec, OpenOptions};
+pub use ranges::RANGES_MAX;
 pub use stats::{BudgetReport, Fallback, FallbackKind, STALL_BOUNDS_NS, SlotCounts, Stats};
 pub use stream::Shared;
 pub use trace::Trace;

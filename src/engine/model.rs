@@ -22,8 +22,8 @@ use crate::io::profile::Found;
 use crate::io::{Counters, ShardFile, Waker};
 use crate::mem::{Backing, Pool, PoolOptions, Windows, limits};
 use crate::model::Catalog;
-use crate::plan::{self, Plan, PlanOptions, budget};
-use crate::units::MemorySpec;
+use crate::plan::{self, ExpertOptions, Method, Plan, PlanOptions, budget};
+use crate::units::{MemorySpec, PAGE_4K};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, mpsc};
@@ -35,6 +35,7 @@ use std::time::Duration;
 pub(super) struct Running {
     pub(super) plan: Plan,
     pub(super) budget: BudgetReport,
+    pub(super) layout: Arc<Layout>,
     pub(super) core: Arc<Core>,
     pub(super) started: Started,
     pub(super) not_bound: Option<Fallback>,
@@ -55,6 +56,7 @@ pub struct Model {
     pub(super) spans: Spans,
     pub(super) options: OpenOptions,
     pub(super) page_bytes: u64,
+    pub(super) experts_allowed: bool,
     pub(super) trace: OnceLock<Arc<Trace>>,
 }
 
@@ -99,7 +101,11 @@ impl Model {
             return Err(Error::new(ErrorKind::Unsupported, context));
         }
         let lens: Vec<u64> = catalog.shards.iter().map(|shard| shard.len_bytes).collect();
+        let experts_allowed = options.experts
+            && options.backing == Backing::Private
+            && plan::experts::has_experts(&catalog);
         let model = Self {
+            experts_allowed,
             running: OnceLock::new(),
             starting: Mutex::new(()),
             windows: Arc::new(Windows::reserve(&lens)?),
@@ -149,7 +155,7 @@ impl Model {
     /// The page size of the plan.
     #[must_use]
     pub fn page_bytes(&self) -> u64 {
-        self.page_bytes
+        self.plan().map_or(self.page_bytes, |plan| plan.page_bytes)
     }
 
     /// How many slots the ring has, or will have.
@@ -198,7 +204,32 @@ impl Model {
         timeout: Option<Duration>,
     ) -> Result<()> {
         let need = self.need(layer, range)?;
+        self.acquire_need(layer, need, timeout)
+    }
+
+    /// [`Model::acquire`] for a range that has been looked at.
+    pub(super) fn acquire_need(
+        &self,
+        layer: u32,
+        need: Need,
+        timeout: Option<Duration>,
+    ) -> Result<()> {
         let running = self.running()?;
+        if let Need::Bytes {
+            shard_index,
+            start_bytes,
+            end_bytes,
+        } = need
+            && !running
+                .layout
+                .units_in(shard_index, start_bytes, end_bytes)
+                .is_empty()
+        {
+            let context = format!(
+                "layer {layer}: experts of this model come one by one; acquire them with flea_acquire_ranges"
+            );
+            return Err(Error::new(ErrorKind::Invalid, context));
+        }
         let thread = thread_id();
         let mut state = running.core.state();
         let leased = if state.ready(layer, need) || skip_the_wait() {
@@ -315,7 +346,7 @@ impl Model {
     }
 
     /// The running part; makes the plan and starts the stream the first time.
-    fn running(&self) -> Result<&Running> {
+    pub(super) fn running(&self) -> Result<&Running> {
         if let Some(running) = self.running.get() {
             return Ok(running);
         }
@@ -382,6 +413,7 @@ impl Model {
         });
         let (sender, receiver) = mpsc::sync_channel(1);
         let (thread_core, files) = (Arc::clone(&core), Arc::clone(&self.files));
+        let thread_layout = Arc::clone(&layout);
         let shared = self.options.shared.clone();
         let thread = std::thread::Builder::new()
             .name("flea-stream".to_owned())
@@ -391,7 +423,14 @@ impl Model {
                 {
                     log::warn!("the stream's thread is not pinned to its drive's node: {error}");
                 }
-                stream::run(&thread_core, &layout, &files, &reader, &shared, &sender);
+                stream::run(
+                    &thread_core,
+                    &thread_layout,
+                    &files,
+                    &reader,
+                    &shared,
+                    &sender,
+                );
             })
             .map_err(|error| Error::from_io(&error, "start the stream's thread"))?;
         let lost = |_| {
@@ -411,6 +450,7 @@ impl Model {
         Ok(Running {
             plan,
             budget,
+            layout,
             core,
             started,
             not_bound,
@@ -424,9 +464,19 @@ impl Model {
         let host_bytes = process_bytes
             .saturating_add(pending_bytes)
             .saturating_add(budget::HOST_RESERVE_BYTES);
-        let options = PlanOptions {
+        let layers = PlanOptions {
             slots_count: self.options.slots_count,
             page_bytes: self.page_bytes,
+        };
+        let method = match self.experts_allowed {
+            true => Method::Experts {
+                layers,
+                experts: ExpertOptions {
+                    page_bytes: self.options.page_bytes.unwrap_or(PAGE_4K),
+                    ..ExpertOptions::default()
+                },
+            },
+            false => Method::Layers(layers),
         };
         match self.options.budget {
             BudgetSpec::Pool(bytes) => {
@@ -436,7 +486,7 @@ impl Model {
                     host_bytes,
                     weight_budget_bytes: bytes,
                 };
-                Ok((plan::plan(&self.catalog, bytes, &options)?, report))
+                Ok((method.plan(&self.catalog, bytes)?, report))
             }
             BudgetSpec::Memory(spec) => {
                 // The margin is for a total that flea chooses; one that the user names may take all that is free.
@@ -451,7 +501,7 @@ impl Model {
                     spec,
                     available_bytes,
                     host_bytes,
-                    &options,
+                    &method,
                 )?;
                 Ok((plan, budget))
             }

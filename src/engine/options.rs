@@ -34,6 +34,9 @@ pub struct OpenOptions {
     pub slots_count: u32,
     /// Page size; `None` chooses by the size of the layers.
     pub page_bytes: Option<u64>,
+    /// The host acquires routed experts by their ranges ([`super::Model::acquire_ranges`]), so that only those it needs have
+    /// to be there; a lease of a layer is then one of everything else. Private backing only.
+    pub experts: bool,
     /// Bind memory and the reader's thread to the drive's NUMA node.
     pub numa: bool,
     /// Bytes the host has reserved but not touched yet; read once, when the plan is made.
@@ -55,6 +58,7 @@ impl Default for OpenOptions {
             reader: ReaderOptions::default(),
             slots_count: plan::SLOTS_DEFAULT,
             page_bytes: None,
+            experts: false,
             numa: true,
             host_pending_bytes: Arc::default(),
             mirrors: Vec::new(),

@@ -134,6 +134,11 @@ impl State {
     }
 
     fn choose(&mut self) -> Option<Job> {
+        if self.experts.is_some()
+            && let Some(job) = self.pick_unit()
+        {
+            return Some(job);
+        }
         for index in 0..self.demands.len() {
             let layer = self.demands[index];
             if let Some(job) = self.job_for(layer, 0, true) {

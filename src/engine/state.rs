@@ -5,12 +5,14 @@
 //! quarantined and never used again; a layer with waiters is not evicted before they had it.
 
 use super::board::{self, Board};
+use super::experts::Experts;
 use super::layout::Layout;
 use super::leases::Leases;
 use super::order::Order;
 use super::pick::{Courtesy, Foresight};
 use super::stats::{STALL_BOUNDS_NS, SlotCounts};
 use crate::error::{Error, ErrorKind, Result};
+use crate::plan::PolicyKind;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
@@ -103,7 +105,10 @@ pub struct State {
     pub(super) fetches: Vec<FetchState>,
     pub(super) layers: Vec<LayerState>,
     pub(super) layers_of_fetch: Vec<Vec<u32>>,
+    /// The ring's, then those of experts.
     pub(super) slots: Vec<Slot>,
+    /// The cache of experts, where the plan has one.
+    pub(super) experts: Option<Experts>,
     leases: Leases,
     pub(super) demands: VecDeque<u32>,
     pub(super) order: Order,
@@ -161,7 +166,8 @@ impl State {
                 .map(|_| LayerState::default())
                 .collect(),
             layers_of_fetch,
-            slots: vec![Slot::Free; layout.slots_count as usize],
+            slots: vec![Slot::Free; layout.all_slots_count() as usize],
+            experts: Experts::new(&layout, PolicyKind::default()),
             leases: Leases::default(),
             demands: VecDeque::with_capacity(layout.of_layer.len()),
             order: Order::new(layout.of_layer.len()),
@@ -370,6 +376,7 @@ impl State {
                         .error
                         .get_or_insert_with(|| error.clone());
                 }
+                self.note_unit_error(fetch, &error);
             }
         }
         let state = &self.fetches[fetch as usize];
@@ -403,6 +410,7 @@ impl State {
                 .error
                 .get_or_insert_with(|| error.clone());
         }
+        self.note_unit_error(fetch, error);
         self.fetches[fetch as usize].outstanding = 0;
         self.abandon(fetch);
     }
@@ -412,11 +420,11 @@ impl State {
         // that had arrived), and another attempt at this layer finds its place taken by its own slot only.
         let state = &mut self.fetches[fetch as usize];
         state.phase = Phase::Absent;
-        if state.lost
-            && let Some(slot) = state.slot.take()
-        {
+        let lost = state.lost;
+        if lost && let Some(slot) = state.slot.take() {
             self.slots[slot as usize] = Slot::Quarantined;
         }
+        self.unit_settled(fetch, lost);
         for index in 0..self.layers_of_fetch[fetch as usize].len() {
             let layer = self.layers_of_fetch[fetch as usize][index];
             self.forget_demand(layer);
@@ -441,7 +449,8 @@ impl State {
     /// The bytes of a complete fetch are readable by the host now.
     pub fn published(&mut self, fetch: u32) {
         self.fetches[fetch as usize].phase = Phase::Ready;
-        self.loads += u64::from(self.layout.fetches[fetch as usize].transient_of.is_some());
+        self.unit_settled(fetch, false);
+        self.loads += u64::from(self.fetches[fetch as usize].slot.is_some());
         for index in 0..self.layers_of_fetch[fetch as usize].len() {
             let layer = self.layers_of_fetch[fetch as usize][index];
             if self.ready(layer, Need::Whole) {

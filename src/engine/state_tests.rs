@@ -18,6 +18,8 @@ fn layout(layer_count: u32, slots_count: u32, requests: u32, fixed: bool) -> Arc
             .map(|layer| fixed.then_some(layer % slots_count))
             .collect(),
         slots_count,
+        experts: None,
+        first_unit: u32::MAX,
     };
     for layer in 0..layer_count {
         let first_page = u64::from(layer) * 1000;

@@ -1,5 +1,6 @@
 //! What a model tells about itself: the arithmetic of its budget, and counters.
 
+use super::experts::ExpertCounts;
 use super::latency::Latency;
 use crate::io::ReaderKind;
 use crate::io::mirror::CopyStats;
@@ -133,6 +134,8 @@ pub struct Stats {
     pub read_ns: u64,
     /// How long transient runs took, from aiming their slot to their last byte.
     pub load_latency: Latency,
+    /// What the cache of experts has done; zeros without one.
+    pub experts: ExpertCounts,
     /// Acquires that the learned order had not foreseen.
     pub mispredicts: u64,
     /// Bytes of resident pages in the plan.

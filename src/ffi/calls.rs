@@ -2,10 +2,12 @@
 
 use super::handle::{Handle, handle, path, read_options, size_of_output, text, write_output};
 use super::types::{
-    FLEA_ABI_VERSION, flea_info, flea_model, flea_open_options, flea_stats_data, flea_tensor,
+    FLEA_ABI_VERSION, flea_info, flea_model, flea_open_options, flea_range, flea_stats_data,
+    flea_tensor,
 };
 use super::{LAST, guard, invalid};
-use crate::error::{Error, ErrorKind};
+use crate::engine::RANGES_MAX;
+use crate::error::{Error, ErrorKind, Result};
 use std::ffi::{c_char, c_void};
 use std::time::Duration;
 
@@ -206,6 +208,72 @@ pub unsafe extern "C" fn flea_release(model: *mut flea_model, layer: u32) -> i32
         unsafe { handle(model) }?.model.release(layer)?;
         Ok(0)
     })
+}
+
+/// Waits until all ranges are in memory and keeps them there until flea_release_ranges with the same ranges: for weights that
+/// are known only at run time, such as the experts that a router chose. All reads of a call are started at once.
+///
+/// `ranges`: `count` of them, 1 to 65536, each inside a tensor of a layer; not kept. A range of a weight that comes with its
+/// layer is a lease of that range of the layer, as flea_acquire gives it. A call gets all of its ranges or none.
+/// `timeout_ns`: below 0 waits for ever, 0 starts the reads and says whether they were needed.
+/// Threads: any. Returns FLEA_OK or: INVALID (a range that is not all weights), REFUSED (more experts than their cache has
+/// slots: ask for fewer at a time), BUSY (this thread holds what it would wait for), and what flea_acquire returns.
+///
+/// # Safety
+/// `model` is open; `ranges` has `count` elements.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flea_acquire_ranges(
+    model: *mut flea_model,
+    ranges: *const flea_range,
+    count: usize,
+    timeout_ns: i64,
+) -> i32 {
+    guard(|| {
+        // SAFETY: by this function's contract.
+        let (handle, ranges) = unsafe { (handle(model)?, ranges_of(ranges, count)?) };
+        handle.refresh_pending();
+        let timeout = u64::try_from(timeout_ns).ok().map(Duration::from_nanos);
+        handle.model.acquire_ranges(&ranges, timeout)?;
+        Ok(0)
+    })
+}
+
+/// Gives back what a flea_acquire_ranges with the same ranges got. Their bytes may change from now on.
+///
+/// Threads: any, also another than the acquire's. Returns FLEA_OK or INVALID (they are not acquired).
+///
+/// # Safety
+/// `model` is open; `ranges` has `count` elements.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flea_release_ranges(
+    model: *mut flea_model,
+    ranges: *const flea_range,
+    count: usize,
+) -> i32 {
+    guard(|| {
+        // SAFETY: by this function's contract.
+        let (handle, ranges) = unsafe { (handle(model)?, ranges_of(ranges, count)?) };
+        handle.model.release_ranges(&ranges)?;
+        Ok(0)
+    })
+}
+
+/// A host's ranges as addresses and lengths.
+///
+/// # Safety
+/// `ranges` is NULL or has `count` elements.
+unsafe fn ranges_of(ranges: *const flea_range, count: usize) -> Result<Vec<(usize, usize)>> {
+    if ranges.is_null() || !(1..=RANGES_MAX).contains(&count) {
+        let text = format!("`ranges` is NULL, or {count} ranges; 1 to {RANGES_MAX} are possible");
+        return Err(invalid(text));
+    }
+    // SAFETY: not NULL, `count` elements by this function's contract.
+    let ranges = unsafe { std::slice::from_raw_parts(ranges, count) };
+    let range = |range: &flea_range| {
+        let len = usize::try_from(range.bytes).map_err(|_| invalid("a range longer than memory"));
+        Ok((range.addr as usize, len?))
+    };
+    ranges.iter().map(range).collect()
 }
 
 /// Says which layers will be acquired next, in order. flea learns the order of a pass by itself; a hint overrides it

@@ -6,6 +6,7 @@ use crate::engine::{BudgetSpec, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{ReaderKind, ReaderOptions};
 use crate::mem::Backing;
+use crate::model::catalog::Tensor;
 use crate::proto::Opened;
 use crate::proto::opened::Endpoint;
 use crate::units::MemorySpec;
@@ -95,6 +96,7 @@ impl Handle {
             ring_bytes: plan.map_or(0, |plan| plan.ring_bytes),
             streamed_bytes_per_pass: plan.map_or(0, |plan| plan.streamed_bytes_per_pass),
             architecture: self.architecture.as_ptr(),
+            expert_cache_bytes: plan.map_or(0, |plan| plan.expert_cache_bytes),
         }
     }
 
@@ -108,11 +110,7 @@ impl Handle {
             layer: span.map_or(-1, |span| layer(span.first)),
             layer_last: span.map_or(-1, |span| layer(span.last)),
             rows_per_layer: span.map_or(0, |span| span.rows_per_layer),
-            flags: if tensor.host_kept {
-                types::FLEA_TENSOR_HOST_KEPT
-            } else {
-                0
-            },
+            flags: self.tensor_flags(tensor),
             dims: tensor.dims,
             shape: tensor.shape,
             bytes: tensor.extent.len_bytes,
@@ -127,6 +125,18 @@ impl Handle {
             },
             name: self.names[index].as_ptr(),
         }
+    }
+
+    fn tensor_flags(&self, tensor: &Tensor) -> u32 {
+        let stacked = tensor.experts.is_some_and(|experts| experts.count > 1);
+        let mut flags = 0;
+        if tensor.host_kept {
+            flags |= types::FLEA_TENSOR_HOST_KEPT;
+        }
+        if stacked && tensor.layers.is_some() && self.model.experts_on_demand() {
+            flags |= types::FLEA_TENSOR_EXPERTS;
+        }
+        flags
     }
 
     pub fn stats(&self, struct_size: u32) -> flea_stats_data {
@@ -152,6 +162,10 @@ impl Handle {
             resident_bytes: stats.resident_bytes,
             page_bytes: stats.page_bytes,
             huge_page_share: stats.huge_page_share,
+            expert_calls: stats.experts.calls,
+            expert_hits: stats.experts.hits,
+            expert_misses: stats.experts.misses,
+            expert_bytes_read: stats.experts.bytes,
         }
     }
 }
@@ -206,7 +220,7 @@ fn parse_options(
     options: &flea_open_options,
     host_pending_bytes: Arc<AtomicU64>,
 ) -> Result<OpenOptions> {
-    let known_flags = types::FLEA_OPEN_DEFER_PLAN;
+    let known_flags = types::FLEA_OPEN_DEFER_PLAN | types::FLEA_OPEN_EXPERTS;
     if options.flags & !known_flags != 0 {
         return Err(invalid(format!(
             "flea_open_options.flags has unknown bits {:#x}",
@@ -251,6 +265,7 @@ fn parse_options(
             .collect(),
         budget,
         defer_plan: options.flags & types::FLEA_OPEN_DEFER_PLAN != 0,
+        experts: options.flags & types::FLEA_OPEN_EXPERTS != 0,
         backing,
         reader: ReaderOptions {
             kind,

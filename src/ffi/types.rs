@@ -63,6 +63,10 @@ pub const FLEA_READER_PREAD: u32 = 2;
 /// flags: make the plan, and start reading, at the first acquire instead of at open.
 pub const FLEA_OPEN_DEFER_PLAN: u32 = 1;
 
+/// flags: this host acquires tensors with FLEA_TENSOR_EXPERTS by flea_acquire_ranges, only the experts it needs; flea_acquire
+/// of a layer leaves them out. Without effect through a daemon and with FLEA_BACKING_SHARED: no tensor has the flag then.
+pub const FLEA_OPEN_EXPERTS: u32 = 2;
+
 /// fallbacks: O_DIRECT was refused; reads go through the page cache and are dropped behind.
 pub const FLEA_FALLBACK_BUFFERED: u32 = 1;
 /// fallbacks: io_uring was refused; pread threads read.
@@ -76,6 +80,9 @@ pub const FLEA_FALLBACK_MIRROR: u32 = 16;
 
 /// tensor flags: rows or globals that the host keeps itself (token embeddings). A tied output head is both.
 pub const FLEA_TENSOR_HOST_KEPT: u32 = 1;
+/// tensor flags: routed experts, one behind the other in equal parts along the last dimension, of which only those are in
+/// memory that flea_acquire_ranges asked for.
+pub const FLEA_TENSOR_EXPERTS: u32 = 2;
 
 /// How to open a model. Zero it, set struct_size, then the fields that matter.
 #[repr(C)]
@@ -153,6 +160,8 @@ pub struct flea_info {
     pub streamed_bytes_per_pass: u64,
     /// The model's architecture, such as "llama". Lives as long as the model.
     pub architecture: *const c_char,
+    /// All slots for experts that are fetched one by one, in bytes; 0 where layers come with all they have (plan).
+    pub expert_cache_bytes: u64,
 }
 
 /// One tensor of a model.
@@ -225,6 +234,24 @@ pub struct flea_stats_data {
     pub page_bytes: u64,
     /// Measured share of the pool that lies on huge pages, 0 to 1.
     pub huge_page_share: f64,
+    /// Calls of flea_acquire_ranges that named experts: each is a cut in the host's computing.
+    pub expert_calls: u64,
+    /// Experts' parts of tensors that were acquired and in memory, or on their way.
+    pub expert_hits: u64,
+    /// Experts' parts of tensors that were acquired and had to be read.
+    pub expert_misses: u64,
+    /// Bytes read for them.
+    pub expert_bytes_read: u64,
+}
+
+/// A range of a model's addresses.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct flea_range {
+    /// Its first byte.
+    pub addr: *const c_void,
+    /// Its length.
+    pub bytes: u64,
 }
 
 /// An open model. Only ever used through a pointer.

@@ -31,6 +31,7 @@ unsafe extern "C" {
     fn ggml_backend_flea_configure(config: *const Config) -> i32;
     fn ggml_backend_flea_pending_bytes() -> *const u64;
     fn ggml_backend_flea_early_pieces() -> u64;
+    fn ggml_backend_flea_expert_cuts() -> u64;
     fn ggml_backend_flea_last_failure(text: *mut *const c_char) -> i32;
 }
 
@@ -55,6 +56,8 @@ pub struct StreamOptions {
     pub depth: u32,
     /// Compute with a layer only when all of it is in memory.
     pub whole_layers: bool,
+    /// Stream a layer with all its experts instead of fetching those that are chosen.
+    pub whole_experts: bool,
     /// Directories with copies of the model.
     pub mirrors: Vec<PathBuf>,
 }
@@ -158,6 +161,9 @@ impl Streamed {
         raw.depth = options.depth;
         raw.mirrors = mirrors.as_ptr();
         raw.flags = types::FLEA_OPEN_DEFER_PLAN;
+        if !options.whole_experts {
+            raw.flags |= types::FLEA_OPEN_EXPERTS;
+        }
         raw.memory = memory
             .as_ref()
             .map_or(std::ptr::null(), |text| text.as_ptr());
@@ -272,6 +278,7 @@ impl Handle {
             figures.weight_budget_bytes = Some(info.weight_budget_bytes);
             figures.resident_bytes = Some(info.resident_bytes);
             figures.streamed_bytes_per_pass = Some(info.streamed_bytes_per_pass);
+            figures.expert_cache_bytes = info.expert_cache_bytes;
         }
         figures.fallbacks = FALLBACKS
             .iter()
@@ -286,6 +293,11 @@ impl Handle {
         figures.loads = stats.loads;
         // SAFETY: reads a counter, from any thread.
         figures.early_pieces = unsafe { ggml_backend_flea_early_pieces() };
+        // SAFETY: as above.
+        figures.expert_cuts = unsafe { ggml_backend_flea_expert_cuts() };
+        figures.expert_hits = stats.expert_hits;
+        figures.expert_misses = stats.expert_misses;
+        figures.expert_bytes_read = stats.expert_bytes_read;
         figures.reader = match stats.reader {
             types::FLEA_READER_PREAD => "pread",
             _ => "io_uring",

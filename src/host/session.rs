@@ -132,6 +132,16 @@ pub struct Figures {
     pub loads: u64,
     /// Pieces of graphs computed before their layer was whole.
     pub early_pieces: u64,
+    /// Slots for experts that are fetched one by one.
+    pub expert_cache_bytes: u64,
+    /// How often a graph was cut to see which experts a router had chosen.
+    pub expert_cuts: u64,
+    /// Experts' parts of tensors that were in memory when they were needed.
+    pub expert_hits: u64,
+    /// Those that had to be read.
+    pub expert_misses: u64,
+    /// Bytes read for them.
+    pub expert_bytes_read: u64,
     /// `io_uring`, `pread`, or `none` in a plain run.
     pub reader: &'static str,
     /// O_DIRECT on every shard.

@@ -114,6 +114,12 @@ impl Pool {
                 let geometry = store.geometry();
                 (Store::Private(store), probe, geometry)
             }
+            Backing::Shared if plan.experts.is_some() => {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    "experts are fetched one by one in the private backing only",
+                ));
+            }
             Backing::Shared => {
                 let (store, probe) = Shared::new(windows, plan, options)?;
                 let geometry = store.geometry();
@@ -292,6 +298,9 @@ pub(super) fn check_disjoint(plan: &Plan) -> Result<()> {
         .filter_map(|layer| layer.transient.as_ref())
         .chain(&plan.resident)
         .collect();
+    if let Some(experts) = &plan.experts {
+        runs.extend(experts.units.iter().map(|unit| &unit.run));
+    }
     runs.sort_unstable();
     let sorted = plan.resident.is_sorted();
     let clash = runs.windows(2).find(|pair| {

@@ -24,6 +24,7 @@ pub(super) fn plan_of(
         weight_budget_bytes: 0,
         smallest_budget_bytes: 0,
         always_resident_bytes: 0,
+        experts: None,
     };
     for (index, &run_pages) in runs.iter().enumerate() {
         let first_page = index as u64 * layer_pages;

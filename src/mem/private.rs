@@ -6,6 +6,8 @@
 //! (before Linux 6.17), so a slot is a list of pieces: a piece is cut once, at a length that some run has, and never joined again.
 //! That neighbouring mappings may merge is a bonus that nothing here relies on.
 //!
+//! Slots of experts stand behind those of the ring, one size after the other: the same thing, only more of them.
+//!
 //! A move is: old place PROT_NONE, mremap, old place reserved anew (it is not even mapped memory then, and costs no mapping of its own),
 //! new place read-write for the read, PROT_READ at publish. So a host that looks at a place without a lease gets SIGSEGV, not another
 //! layer's bytes. Place in `file -> catalog -> plan -> reader -> pool -> lease -> host`: the default pool.
@@ -18,8 +20,9 @@ use super::pool::{Geometry, PoolOptions, check_disjoint, find_resident};
 use super::report::{PageProbe, PageSource, ProbeData};
 use super::window::Windows;
 use crate::error::{Error, ErrorKind, Result};
-use crate::plan::{PageRun, Plan};
+use crate::plan::{ExpertPlan, PageRun, Plan};
 use crate::units::{HumanBytes, PAGE_2M};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// Anonymous memory of a pool.
@@ -27,7 +30,10 @@ use std::sync::Arc;
 pub(super) struct Private {
     geometry: Geometry,
     resident: Vec<PageRun>,
+    /// The ring's, then those of experts.
     slots: Vec<Slot>,
+    /// Which slot of experts lies at which address.
+    places: HashMap<usize, u32>,
     parking: Option<Parking>,
     resident_kept: bool,
     /// Joined by drop before the memory goes.
@@ -41,6 +47,8 @@ pub(super) struct Private {
 struct Slot {
     /// Where its page 0 is parked.
     parking: usize,
+    /// How many pages it has.
+    page_count: u64,
     pieces: Vec<Piece>,
     aimed: Option<Aim>,
     quarantined: bool,
@@ -81,20 +89,28 @@ impl Private {
             .filter_map(|layer| layer.transient.as_ref())
         {
             geometry.place(&windows, run)?;
-            check_length(&geometry, run)?;
+            check_length(&geometry, geometry.slot_pages, run)?;
         }
+        let experts = plan.experts.as_ref();
+        for unit in experts.iter().flat_map(|experts| &experts.units) {
+            geometry.place(&windows, &unit.run)?;
+        }
+        let expert_slots = experts.map_or(0, ExpertPlan::slots_count);
+        check_mappings(experts)?;
         // From here on `store` gives back what it has, whatever fails.
         let mut store = Self {
             geometry,
             resident: Vec::with_capacity(plan.resident.len()),
-            slots: Vec::with_capacity(geometry.slots_count as usize),
+            slots: Vec::with_capacity((geometry.slots_count + expert_slots) as usize),
+            places: HashMap::with_capacity(2 * expert_slots as usize),
             parking: None,
             resident_kept: false,
             behind: None,
             windows,
         };
         let resident_pages: u64 = plan.resident.iter().map(|run| run.page_count).sum();
-        let pool_bytes = resident_pages * plan.page_bytes + geometry.ring_bytes();
+        let pool_bytes =
+            resident_pages * plan.page_bytes + geometry.ring_bytes() + plan.cache_bytes();
         let mut fill = Fill::begin(
             pool_bytes,
             plan.page_bytes,
@@ -114,11 +130,11 @@ impl Private {
 
     /// The slots, parked.
     fn make_slots(&mut self, plan: &Plan, fill: &mut Fill<'_>) -> Result<()> {
-        let ring_bytes = self.geometry.ring_bytes();
-        if ring_bytes == 0 {
+        let slots_bytes = self.geometry.ring_bytes() + plan.cache_bytes();
+        if slots_bytes == 0 {
             return Ok(());
         }
-        let parking = Parking::reserve(ring_bytes)?;
+        let parking = Parking::reserve(slots_bytes)?;
         let (base, len) = (parking.base, parking.len);
         self.parking = Some(parking);
         // SAFETY: reserved just now; nobody else knows the range.
@@ -127,31 +143,42 @@ impl Private {
             fill.range(base, len, true)?;
             host::protect(base, len, Protection::None)?;
         }
-        let mut lengths: Vec<u64> = plan
-            .layers
-            .iter()
-            .filter_map(|layer| layer.transient.map(|run| run.page_count))
-            .collect();
-        lengths.sort_unstable();
-        lengths.dedup();
-        let slot_bytes = self.geometry.bytes(self.geometry.slot_pages);
-        for index in 0..self.geometry.slots_count as usize {
-            let address = base + index * slot_bytes;
-            // Room for every cut there can be: aim never allocates.
-            let mut pieces = Vec::with_capacity(lengths.len() + 1);
-            pieces.push(Piece {
-                first_page: 0,
-                page_count: self.geometry.slot_pages,
-                address,
-            });
-            self.slots.push(Slot {
-                parking: address,
-                pieces,
-                aimed: None,
-                quarantined: false,
-            });
+        let transient = plan.layers.iter().filter_map(|layer| layer.transient);
+        let cuts = lengths_count(transient);
+        let mut address = base;
+        for _ in 0..self.geometry.slots_count {
+            address = self.push_slot(address, self.geometry.slot_pages, cuts);
+        }
+        let Some(experts) = &plan.experts else {
+            return Ok(());
+        };
+        for (class, entry) in (0u32..).zip(&experts.classes) {
+            let units = experts.units.iter().filter(|unit| unit.class == class);
+            let cuts = lengths_count(units.map(|unit| unit.run));
+            for _ in 0..entry.slots_count {
+                address = self.push_slot(address, entry.slot_pages, cuts);
+            }
         }
         Ok(())
+    }
+
+    /// One slot parked at `address`; returns where the next one is. `cuts`: how many lengths its runs have.
+    fn push_slot(&mut self, address: usize, page_count: u64, cuts: usize) -> usize {
+        // Room for every cut there can be: aim never allocates.
+        let mut pieces = Vec::with_capacity(cuts + 1);
+        pieces.push(Piece {
+            first_page: 0,
+            page_count,
+            address,
+        });
+        self.slots.push(Slot {
+            parking: address,
+            page_count,
+            pieces,
+            aimed: None,
+            quarantined: false,
+        });
+        address + self.geometry.bytes(page_count)
     }
 
     /// Resident pages, in place and writable.
@@ -204,10 +231,16 @@ impl Private {
 
     pub(super) fn aim(&mut self, slot: u32, run: &PageRun) -> Result<*mut u8> {
         let (address, len) = self.geometry.place(&self.windows, run)?;
-        check_length(&self.geometry, run)?;
         self.check_free_place(slot, run, address, len)?;
+        self.clear_place(slot, address)?;
         let geometry = self.geometry;
+        let index = slot;
         let slot = &mut self.slots[slot as usize];
+        check_length(&geometry, slot.page_count, run)?;
+        let of_expert = index >= geometry.slots_count;
+        if of_expert && let Some(old) = slot.aimed {
+            self.places.remove(&old.address);
+        }
         let aim = Aim {
             address,
             len,
@@ -227,7 +260,25 @@ impl Private {
         // SAFETY: the run's pages lie there now; no lease is out on it (the caller's part).
         unsafe { host::protect(address, len, Protection::ReadWrite)? };
         slot.aimed = Some(aim);
+        if of_expert {
+            self.places.insert(address, index);
+        }
         Ok(address as *mut u8)
+    }
+
+    /// Parks the slot of experts that still lies where `slot` goes: it was given to another unit and not aimed there yet.
+    /// The unit whose place this is has no other slot, so nobody leases what lies there and no read goes there.
+    fn clear_place(&mut self, slot: u32, address: usize) -> Result<()> {
+        let stale = self.places.get(&address).copied();
+        if let Some(stale) =
+            stale.filter(|stale| *stale != slot && slot >= self.geometry.slots_count)
+        {
+            self.places.remove(&address);
+            let stale = &mut self.slots[stale as usize];
+            stale.aimed = None;
+            stale.lay_out(&self.geometry, address, 0)?;
+        }
+        Ok(())
     }
 
     /// Refuses an aim that would destroy resident pages or another slot's.
@@ -253,6 +304,14 @@ impl Private {
                 ErrorKind::Invalid,
                 format!("{run:?} is not transient: {have:?} is resident"),
             ));
+        }
+        if slot >= self.geometry.slots_count {
+            // The runs of experts are fixed and disjoint, so only a slot at the very same place can be in the way.
+            let other = self.places.get(&address).filter(|other| **other != slot);
+            return match other {
+                Some(&other) if self.slots[other as usize].quarantined => Err(quarantined(other)),
+                _ => Ok(()),
+            };
         }
         for (index, other) in self.slots.iter().enumerate() {
             if index == slot as usize || !other.touches(&self.geometry, address, len) {
@@ -462,16 +521,45 @@ impl Drop for Parking {
     }
 }
 
-fn check_length(geometry: &Geometry, run: &PageRun) -> Result<()> {
-    if (1..=geometry.slot_pages).contains(&run.page_count) {
+/// Every unit's place is a mapping, or a hole between two, and so are the pages beside it; a slot may have a page parked.
+fn check_mappings(experts: Option<&ExpertPlan>) -> Result<()> {
+    let Some(experts) = experts else {
+        return Ok(());
+    };
+    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count");
+    let limit = limit.ok().and_then(|text| text.trim().parse::<u64>().ok());
+    let needed = 2 * experts.units.len() as u64 + 2 * u64::from(experts.slots_count()) + 4096;
+    match limit {
+        Some(limit) if needed > limit => Err(Error::new(
+            ErrorKind::NoMemory,
+            format!(
+                "{} parts of experts need up to {needed} mappings and the system allows {limit}; raise it (sysctl \
+                 vm.max_map_count={}), or stream experts with their layer (--whole-experts, FLEA_EXPERTS=off)",
+                experts.units.len(),
+                needed.next_power_of_two()
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// How many different lengths the runs have.
+fn lengths_count(runs: impl Iterator<Item = PageRun>) -> usize {
+    let mut lengths: Vec<u64> = runs.map(|run| run.page_count).collect();
+    lengths.sort_unstable();
+    lengths.dedup();
+    lengths.len()
+}
+
+fn check_length(geometry: &Geometry, slot_pages: u64, run: &PageRun) -> Result<()> {
+    if (1..=slot_pages).contains(&run.page_count) {
         return Ok(());
     }
     Err(Error::new(
         ErrorKind::Invalid,
         format!(
-            "{run:?} is not a run for slots of {} pages ({})",
-            geometry.slot_pages,
-            HumanBytes(geometry.slot_pages * geometry.page_bytes)
+            "{run:?} is not a run for slots of {slot_pages} pages ({})",
+            HumanBytes(slot_pages * geometry.page_bytes)
         ),
     ))
 }

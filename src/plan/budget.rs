@@ -5,7 +5,7 @@
 //! figure that cannot be had is refused, never lowered. Part of plan: file -> catalog -> **plan** -> reader -> pool ->
 //! lease -> host.
 
-use super::{Plan, PlanOptions, plan, smallest_budget_bytes};
+use super::{Method, Plan};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Catalog, Tensor};
 use crate::units::{HumanBytes, KIB, MIB, MemorySpec};
@@ -67,7 +67,7 @@ pub fn resolve(
     })
 }
 
-/// The budget for `spec` and the plan within it: [`resolve`], then [`plan`], with every refusal ending in the smallest
+/// The budget for `spec` and the plan within it: [`resolve`], then [`Method::plan`], with every refusal ending in the smallest
 /// total that works.
 ///
 /// # Errors
@@ -77,9 +77,9 @@ pub fn resolve_and_plan(
     spec: MemorySpec,
     available_bytes: u64,
     host_bytes: u64,
-    options: &PlanOptions,
+    method: &Method,
 ) -> Result<(Budget, Plan)> {
-    let smallest_bytes = smallest_budget_bytes(catalog, options)?;
+    let smallest_bytes = method.smallest_budget_bytes(catalog)?;
     let with_smallest = |error: Error| {
         extend_refusal(
             &error,
@@ -91,7 +91,9 @@ pub fn resolve_and_plan(
     };
     let budget =
         resolve(spec, available_bytes, catalog.model_bytes, host_bytes).map_err(with_smallest)?;
-    let plan = plan(catalog, budget.weight_budget_bytes, options).map_err(with_smallest)?;
+    let plan = method
+        .plan(catalog, budget.weight_budget_bytes)
+        .map_err(with_smallest)?;
     Ok((budget, plan))
 }
 
@@ -307,6 +309,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::plan::PlanOptions;
     use crate::plan::testing::{NASTY, any_case, even_catalog};
     use crate::units::{GIB, PAGE_4K};
 
@@ -391,7 +394,8 @@ mod tests {
         #[test]
         fn the_total_named_in_a_refusal_works((catalog, options) in any_case(NASTY), host_bytes in 0..GIB) {
             let available = u64::MAX;
-            let smallest = smallest_budget_bytes(&catalog, &options).unwrap();
+            let options = Method::Layers(options);
+            let smallest = options.smallest_budget_bytes(&catalog).unwrap();
             for total in [0, host_bytes, host_bytes + smallest / 2] {
                 let given = resolve_and_plan(&catalog, MemorySpec::Bytes(total), available, host_bytes, &options);
                 let Err(error) = given else {
@@ -412,6 +416,7 @@ mod tests {
 
         #[test]
         fn the_percentage_named_in_a_refusal_works((catalog, options) in any_case(NASTY), host_bytes in 0..GIB) {
+            let options = Method::Layers(options);
             let tiny = MemorySpec::Percent(0.0001);
             let Err(error) = resolve_and_plan(&catalog, tiny, u64::MAX, host_bytes, &options) else {
                 return Ok(());
@@ -427,10 +432,10 @@ mod tests {
     #[test]
     fn a_refusal_for_want_of_memory_names_the_smallest_total_too() {
         let catalog = even_catalog(10, &[(1, 10 * PAGE_4K)]);
-        let options = PlanOptions {
+        let options = Method::Layers(PlanOptions {
             slots_count: 3,
             page_bytes: PAGE_4K,
-        };
+        });
         let asked = MemorySpec::Bytes(4 * GIB);
         let error = resolve_and_plan(&catalog, asked, 2 * GIB, MIB, &options).unwrap_err();
         let smallest = smallest_total_bytes(30 * PAGE_4K, MIB);

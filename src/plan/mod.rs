@@ -14,6 +14,7 @@
 //! lease -> host.
 
 pub mod budget;
+pub mod experts;
 pub mod policy;
 pub mod predict;
 mod residency;
@@ -30,6 +31,7 @@ use crate::units::{Extent, HumanBytes, MIB, PAGE_2M, PAGE_4K};
 use residency::{Ground, Need};
 
 pub use budget::Budget;
+pub use experts::{ExpertOptions, ExpertPlan, SlotClass, Unit};
 pub use policy::{Admission, Policy, PolicyKind};
 pub use predict::{Prediction, compute_seconds, peak_bytes, predict};
 
@@ -143,7 +145,7 @@ pub struct LayerPlan {
 }
 
 /// Which pages are resident, which are transient, and what that costs.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
     /// The unit of everything below: 4096 or 2 MiB.
     pub page_bytes: u64,
@@ -167,6 +169,8 @@ pub struct Plan {
     pub smallest_budget_bytes: u64,
     /// Pages that are resident under every budget: shared by two layers, or apart from their layer's longest stretch.
     pub always_resident_bytes: u64,
+    /// The cache of experts that are fetched one by one; `None` where layers are streamed with all they have.
+    pub experts: Option<ExpertPlan>,
 }
 
 impl Plan {
@@ -186,13 +190,26 @@ impl Plan {
     /// True when nothing is streamed.
     #[must_use]
     pub const fn is_resident(&self) -> bool {
-        self.slot_pages == 0
+        self.slot_pages == 0 && self.experts.is_none()
+    }
+
+    /// Memory of the experts' slots.
+    #[must_use]
+    pub fn cache_bytes(&self) -> u64 {
+        self.experts
+            .as_ref()
+            .map_or(0, |experts| experts.cache_bytes)
     }
 
     /// Share of the planned bytes that stay in memory, 0 to 1; 1 for a model without layers.
     #[must_use]
     pub fn resident_share(&self) -> f64 {
-        let all: u64 = self.layers.iter().map(planned_bytes).sum();
+        let planned: u64 = self.layers.iter().map(planned_bytes).sum();
+        let of_units = |experts: &ExpertPlan| -> u64 {
+            let pages = experts.units.iter().map(|unit| unit.run.page_count);
+            pages.sum::<u64>() * self.page_bytes
+        };
+        let all = planned + self.experts.as_ref().map_or(0, of_units);
         if all == 0 {
             return 1.0;
         }
@@ -242,6 +259,50 @@ pub fn default_page_bytes(catalog: &Catalog) -> u64 {
     match sizes.get(sizes.len() / 2) {
         Some(&median) if median >= HUGE_PAGE_LAYER_BYTES => PAGE_2M,
         _ => PAGE_4K,
+    }
+}
+
+/// What a model is planned by.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Method {
+    /// Layers are streamed with all they have.
+    Layers(PlanOptions),
+    /// What every token uses is resident and experts are fetched one by one; where everything fits, as `layers`.
+    Experts {
+        /// For a budget that the whole model fits.
+        layers: PlanOptions,
+        /// For every other.
+        experts: ExpertOptions,
+    },
+}
+
+impl Method {
+    /// The smallest weight budget that works.
+    ///
+    /// # Errors
+    /// Those of [`smallest_budget_bytes`] and [`experts::smallest_budget_bytes`].
+    pub fn smallest_budget_bytes(&self, catalog: &Catalog) -> Result<u64> {
+        match self {
+            Self::Layers(options) => smallest_budget_bytes(catalog, options),
+            Self::Experts { experts, .. } => experts::smallest_budget_bytes(catalog, experts),
+        }
+    }
+
+    /// The plan for a budget.
+    ///
+    /// # Errors
+    /// Those of [`plan`] and [`experts::plan`].
+    pub fn plan(&self, catalog: &Catalog, weight_budget_bytes: u64) -> Result<Plan> {
+        match self {
+            Self::Layers(options) => plan(catalog, weight_budget_bytes, options),
+            Self::Experts { layers, experts } => match plan(catalog, weight_budget_bytes, layers) {
+                Ok(plan) if plan.is_resident() => Ok(Plan {
+                    smallest_budget_bytes: self.smallest_budget_bytes(catalog)?,
+                    ..plan
+                }),
+                _ => experts::plan(catalog, weight_budget_bytes, experts),
+            },
+        }
     }
 }
 
@@ -302,6 +363,7 @@ pub fn plan(catalog: &Catalog, weight_budget_bytes: u64, options: &PlanOptions) 
         weight_budget_bytes,
         smallest_budget_bytes: smallest.bytes(page_bytes),
         always_resident_bytes: ground.always_resident_pages() * page_bytes,
+        experts: None,
     })
 }
 

@@ -54,9 +54,15 @@ pub fn predict(
     }
     let read_seconds = plan.streamed_bytes_per_pass as f64 / read_bytes_per_second;
     let bound_seconds = read_seconds.max(compute_seconds);
-    let stages = stages(plan, read_bytes_per_second, compute_seconds);
-    // Sums of floats may fall short of the bound by their rounding.
-    let seconds_per_pass = play(&stages, plan.slots_count).max(bound_seconds);
+    let seconds_per_pass = match plan.experts {
+        // Which experts a layer needs is known when its router has run: nothing is read ahead.
+        Some(_) => compute_seconds + read_seconds,
+        None => {
+            let stages = stages(plan, read_bytes_per_second, compute_seconds);
+            // Sums of floats may fall short of the bound by their rounding.
+            play(&stages, plan.slots_count).max(bound_seconds)
+        }
+    };
     let stall_seconds = seconds_per_pass - compute_seconds;
     let is_timed = seconds_per_pass > 0.0;
     Ok(Prediction {
@@ -107,8 +113,11 @@ pub fn compute_seconds(
 /// The most memory a host will hold while it runs `plan`: the pool, and what it reserves itself, without the reserve that
 /// nobody uses. Reached once the context is full and a prompt has filled a ubatch.
 #[must_use]
-pub const fn peak_bytes(plan: &Plan, host_bytes: u64) -> u64 {
-    let pool_bytes = plan.resident_bytes.saturating_add(plan.ring_bytes);
+pub fn peak_bytes(plan: &Plan, host_bytes: u64) -> u64 {
+    let pool_bytes = plan
+        .resident_bytes
+        .saturating_add(plan.ring_bytes)
+        .saturating_add(plan.cache_bytes());
     pool_bytes.saturating_add(host_bytes.saturating_sub(HOST_RESERVE_BYTES))
 }
 
@@ -209,6 +218,7 @@ mod tests {
             weight_budget_bytes: 0,
             smallest_budget_bytes: 0,
             always_resident_bytes: 0,
+            experts: None,
         }
     }
 

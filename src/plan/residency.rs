@@ -116,6 +116,24 @@ fn around(stretch: &PageRun, run: &PageRun) -> [PageRun; 2] {
     ]
 }
 
+/// Runs in any order, overlapping or not, as sorted disjoint ones with neighbours merged.
+pub(super) fn union(mut runs: Vec<PageRun>) -> Vec<PageRun> {
+    runs.retain(|run| run.page_count > 0);
+    runs.sort_unstable();
+    let mut merged: Vec<PageRun> = Vec::with_capacity(runs.len());
+    for run in runs {
+        match merged.last_mut() {
+            Some(last)
+                if last.shard_index == run.shard_index && run.first_page <= last.end_page() =>
+            {
+                last.page_count = last.end_page().max(run.end_page()) - last.first_page;
+            }
+            _ => merged.push(run),
+        }
+    }
+    merged
+}
+
 fn merge(sorted: &[PageRun]) -> Vec<PageRun> {
     let mut merged: Vec<PageRun> = Vec::with_capacity(sorted.len());
     for run in sorted {
@@ -182,7 +200,7 @@ fn touched_runs(catalog: &Catalog, layer: &Layer, page_bytes: u64) -> Result<Vec
     Ok(runs)
 }
 
-fn outside_file(layer: &Layer, extent: &Extent) -> Error {
+pub(super) fn outside_file(layer: &Layer, extent: &Extent) -> Error {
     Error::new(
         ErrorKind::Invalid,
         format!(

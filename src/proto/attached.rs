@@ -16,6 +16,7 @@ use super::message::{Attach, Method, to_value};
 use super::plan::{ClientPlan, Figures};
 use super::snapshot::ModelState;
 use super::{Control, Socket};
+use crate::engine::RANGES_MAX;
 use crate::engine::board::{self, place};
 use crate::engine::leases::{Leases, thread_id};
 use crate::engine::{BudgetReport, Latency, Spans, Stats};
@@ -218,6 +219,54 @@ impl Attached {
         self.released.notify_all();
         self.tell_of_release();
         Ok(())
+    }
+
+    /// As [`crate::engine::Model::acquire_ranges`], a layer's lease for each range, which must lie in one layer.
+    ///
+    /// # Errors
+    /// Those of [`Attached::acquire`]; nothing is leased then.
+    pub fn acquire_ranges(
+        &self,
+        ranges: &[(usize, usize)],
+        timeout: Option<Duration>,
+    ) -> Result<()> {
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+        let layers = self.layers_of(ranges)?;
+        for (index, (layer, range)) in layers.iter().zip(ranges).enumerate() {
+            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            if let Err(error) = self.acquire(*layer, Some(*range), left) {
+                for layer in &layers[..index] {
+                    self.release(*layer)?;
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`crate::engine::Model::release_ranges`].
+    ///
+    /// # Errors
+    /// Those of [`Attached::release`].
+    pub fn release_ranges(&self, ranges: &[(usize, usize)]) -> Result<()> {
+        let layers = self.layers_of(ranges)?;
+        let give_back = |layer: &u32| self.release(*layer);
+        layers.iter().map(give_back).fold(Ok(()), Result::and)
+    }
+
+    fn layers_of(&self, ranges: &[(usize, usize)]) -> Result<Vec<u32>> {
+        if ranges.is_empty() || ranges.len() > RANGES_MAX {
+            let context = format!("{} ranges; 1 to {RANGES_MAX} are possible", ranges.len());
+            return Err(Error::new(ErrorKind::Invalid, context));
+        }
+        let layer_of = |(address, len): &(usize, usize)| {
+            self.layer_of(*address).ok_or_else(|| {
+                let context =
+                    format!("{len} bytes at {address:#x} are not weights of the model's layers");
+                Error::new(ErrorKind::Invalid, context)
+            })
+        };
+        ranges.iter().map(layer_of).collect()
     }
 
     /// As [`crate::engine::Model::hint`].

@@ -48,6 +48,8 @@ pub struct PlanFigures {
     pub ring_bytes: u64,
     /// Read per pass.
     pub streamed_bytes_per_pass: u64,
+    /// Slots for experts that are fetched one by one.
+    pub expert_cache_bytes: u64,
 }
 
 /// An open model.
@@ -89,6 +91,7 @@ impl Opened {
                 resident_bytes: plan.resident_bytes,
                 ring_bytes: plan.ring_bytes,
                 streamed_bytes_per_pass: plan.streamed_bytes_per_pass,
+                expert_cache_bytes: plan.cache_bytes(),
             }),
             Self::Daemon(model) => {
                 let figures = model.figures();
@@ -97,6 +100,7 @@ impl Opened {
                     resident_bytes: figures.resident_bytes,
                     ring_bytes: figures.ring_bytes,
                     streamed_bytes_per_pass: figures.streamed_bytes_per_pass,
+                    expert_cache_bytes: 0,
                 })
             }
         }
@@ -198,6 +202,41 @@ impl Opened {
         match self {
             Self::Local(model) => model.release(layer),
             Self::Daemon(model) => model.release(layer),
+        }
+    }
+
+    /// True when routed experts are acquired by their ranges. In the daemon they come with their layer.
+    #[must_use]
+    pub fn experts_on_demand(&self) -> bool {
+        match self {
+            Self::Local(model) => model.experts_on_demand(),
+            Self::Daemon(_) => false,
+        }
+    }
+
+    /// See [`Model::acquire_ranges`]. In the daemon each range is a lease of its layer, and must lie in one.
+    ///
+    /// # Errors
+    /// Those of [`Model::acquire_ranges`] and [`Attached::acquire`].
+    pub fn acquire_ranges(
+        &self,
+        ranges: &[(usize, usize)],
+        timeout: Option<Duration>,
+    ) -> Result<()> {
+        match self {
+            Self::Local(model) => model.acquire_ranges(ranges, timeout),
+            Self::Daemon(model) => model.acquire_ranges(ranges, timeout),
+        }
+    }
+
+    /// See [`Model::release_ranges`].
+    ///
+    /// # Errors
+    /// `Invalid` for ranges that are not leased.
+    pub fn release_ranges(&self, ranges: &[(usize, usize)]) -> Result<()> {
+        match self {
+            Self::Local(model) => model.release_ranges(ranges),
+            Self::Daemon(model) => model.release_ranges(ranges),
         }
     }
 

@@ -128,6 +128,9 @@ impl<'a> Filed<'a> {
     /// What `flea plan` is asked.
     fn args(&self, device: Option<&Device>, context_count: u64) -> plan::Args {
         plan::Args {
+            // The smallest budget beside it is that of whole layers.
+            whole_experts: true,
+            expert_skew: 0.0,
             model: self.path.clone(),
             memory: device.map_or(MemorySpec::Auto, |device| {
                 MemorySpec::Bytes(device.memory_bytes)

@@ -1,0 +1,288 @@
+//! Leases of byte ranges: what a host needs that finds out at run time which weights it needs.
+//!
+//! Ranges of weights that come with their layer are leases of that layer; ranges of experts that are fetched one by one
+//! are leases of those. All reads of a call are asked for before the first is waited for. Invariant: a call gets all of
+//! its ranges or none. Place in `file -> catalog -> plan -> reader -> pool -> **lease** -> host`.
+
+use super::experts::Room;
+use super::leases::thread_id;
+use super::model::{Model, Running};
+use super::state::{Need, State};
+use crate::error::{Error, ErrorKind, Result};
+use std::cell::RefCell;
+use std::sync::{MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Most ranges in one call: every expert of three tensors of the largest models, many times over.
+pub const RANGES_MAX: usize = 1 << 16;
+
+/// What the ranges of a call come to.
+#[derive(Debug, Default)]
+struct Wanted {
+    layers: Vec<(u32, Need)>,
+    units: Vec<u32>,
+}
+
+thread_local!(static WANTED: RefCell<Wanted> = RefCell::default());
+
+impl Model {
+    /// Waits until every range, an address in the windows and a length, is in memory, and keeps it there until
+    /// [`Model::release_ranges`] with the same ranges. `timeout`: `None` for ever, zero to start the reads and see.
+    ///
+    /// # Errors
+    /// `Invalid` for a range that is not all weights, for none, and for more than [`RANGES_MAX`]; `Refused` for more
+    /// experts than the cache has slots; `Busy` when this thread holds what it would wait for; and those of
+    /// [`Model::acquire`].
+    pub fn acquire_ranges(
+        &self,
+        ranges: &[(usize, usize)],
+        timeout: Option<Duration>,
+    ) -> Result<()> {
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+        self.with_wanted(ranges, |running, wanted| {
+            running.core.state().check_room(&wanted.units)?;
+            self.ask_for(running, wanted);
+            let left = || deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            for (index, (layer, need)) in wanted.layers.iter().enumerate() {
+                if let Err(error) = self.acquire_need(*layer, *need, left()) {
+                    self.release_layers(&wanted.layers[..index]);
+                    return Err(error);
+                }
+            }
+            let units = acquire_units(running, &wanted.units, deadline);
+            if units.is_err() {
+                self.release_layers(&wanted.layers);
+            }
+            units
+        })
+    }
+
+    /// Gives the leases of an [`Model::acquire_ranges`] with the same ranges back. May be called on another thread.
+    ///
+    /// # Errors
+    /// `Invalid` for ranges that are not leased.
+    pub fn release_ranges(&self, ranges: &[(usize, usize)]) -> Result<()> {
+        if self.plan().is_none() {
+            let context = "ranges are released but nothing was ever acquired";
+            return Err(Error::new(ErrorKind::Invalid, context));
+        }
+        self.with_wanted(ranges, |running, wanted| {
+            if !wanted.units.is_empty() {
+                let mut state = running.core.state();
+                state.release_units(&wanted.units, thread_id())?;
+                // Somebody may wait for room.
+                if state.waiters > 0 {
+                    running.core.changed.notify_all();
+                }
+            }
+            let mut result = Ok(());
+            for (layer, _) in &wanted.layers {
+                result = result.and(self.release(*layer));
+            }
+            result
+        })
+    }
+
+    /// True when routed experts are fetched one by one, with [`Model::acquire_ranges`], or may be once there is a plan.
+    #[must_use]
+    pub fn experts_on_demand(&self) -> bool {
+        self.experts_allowed
+    }
+
+    /// Resolves `ranges` into memory of this thread, so that nothing is allocated once it has grown.
+    fn with_wanted<T>(
+        &self,
+        ranges: &[(usize, usize)],
+        then: impl FnOnce(&Running, &Wanted) -> Result<T>,
+    ) -> Result<T> {
+        if ranges.is_empty() || ranges.len() > RANGES_MAX {
+            let context = format!("{} ranges; 1 to {RANGES_MAX} are possible", ranges.len());
+            return Err(Error::new(ErrorKind::Invalid, context));
+        }
+        let running = self.running()?;
+        WANTED.with(|wanted| {
+            let mut wanted = wanted.take();
+            let resolved = self.resolve(running, ranges, &mut wanted);
+            let result = resolved.and_then(|()| then(running, &wanted));
+            WANTED.set(wanted);
+            result
+        })
+    }
+
+    fn resolve(
+        &self,
+        running: &Running,
+        ranges: &[(usize, usize)],
+        wanted: &mut Wanted,
+    ) -> Result<()> {
+        wanted.layers.clear();
+        wanted.units.clear();
+        let layout = &running.layout;
+        for &(address, len) in ranges {
+            let invalid = || {
+                let context = format!(
+                    "{len} bytes at {address:#x} are not all weights of the model's layers"
+                );
+                Error::new(ErrorKind::Invalid, context)
+            };
+            let (shard_index, start_bytes) = self.windows.locate(address).ok_or_else(invalid)?;
+            let end_bytes = start_bytes.checked_add(len as u64).ok_or_else(invalid)?;
+            if len == 0 {
+                return Err(invalid());
+            }
+            let mut at = start_bytes;
+            while at < end_bytes {
+                let (layer, part_end) = self.spans.part_at(shard_index, at).ok_or_else(invalid)?;
+                let end = part_end.min(end_bytes);
+                if layout.experts.is_some() {
+                    // What does not come and go with the units is resident.
+                    wanted.layers.push((layer, Need::Whole));
+                } else {
+                    wanted.layers.push((
+                        layer,
+                        Need::Bytes {
+                            shard_index,
+                            start_bytes: at,
+                            end_bytes: end,
+                        },
+                    ));
+                }
+                at = end;
+            }
+            wanted
+                .units
+                .extend(layout.units_in(shard_index, start_bytes, end_bytes));
+        }
+        if layout.experts.is_some() {
+            wanted.layers.sort_unstable_by_key(|(layer, _)| *layer);
+            wanted.layers.dedup_by_key(|(layer, _)| *layer);
+        }
+        wanted.units.sort_unstable();
+        wanted.units.dedup();
+        Ok(())
+    }
+
+    /// Tells the stream about every layer that is missing, before the first is waited for.
+    fn ask_for(&self, running: &Running, wanted: &Wanted) {
+        let wake = {
+            let mut state = running.core.state();
+            let mut asked = false;
+            for (layer, need) in &wanted.layers {
+                if !state.ready(*layer, *need) {
+                    state.demand(*layer, false);
+                    asked = true;
+                }
+            }
+            asked && std::mem::take(&mut state.hungry)
+        };
+        if wake {
+            running.started.waker.wake();
+        }
+    }
+
+    fn release_layers(&self, layers: &[(u32, Need)]) {
+        for (layer, _) in layers {
+            if let Err(error) = self.release(*layer) {
+                log::error!("a lease could not be given back: {error}");
+            }
+        }
+    }
+}
+
+/// Leases units and waits until they are there.
+fn acquire_units(running: &Running, units: &[u32], deadline: Option<Instant>) -> Result<()> {
+    if units.is_empty() {
+        return Ok(());
+    }
+    let thread = thread_id();
+    let begun = Instant::now();
+    let mut state = running.core.state();
+    while state.lease_units(units, thread) == Room::Full {
+        if state.holds_units(thread) {
+            let context = format!(
+                "{} experts do not fit into the cache beside those that are leased, and this thread holds some; release \
+                 them first",
+                units.len()
+            );
+            return Err(Error::new(ErrorKind::Busy, context));
+        }
+        check_deadline(deadline, begun)?;
+        state = sleep(running, state, deadline);
+    }
+    if state.units_ready(units) {
+        return Ok(());
+    }
+    state.stalls += 1;
+    let (mut state, arrived) = wait_for(running, state, units, deadline, begun);
+    state.count_stall(begun);
+    if arrived.is_err() {
+        state.release_units(units, thread)?;
+    }
+    drop(state);
+    if let Some(trace) = &running.core.trace {
+        trace.waited(running.layout.units()[units[0] as usize].layer, begun);
+    }
+    arrived
+}
+
+fn wait_for<'a>(
+    running: &'a Running,
+    mut state: MutexGuard<'a, State>,
+    units: &[u32],
+    deadline: Option<Instant>,
+    begun: Instant,
+) -> (MutexGuard<'a, State>, Result<()>) {
+    loop {
+        if state.units_ready(units) {
+            return (state, Ok(()));
+        }
+        if let Some(error) = state.unit_error(units).or_else(|| state.fatal.clone()) {
+            return (state, Err(error));
+        }
+        if std::mem::take(&mut state.hungry) {
+            drop(state);
+            running.started.waker.wake();
+            state = running.core.state();
+            continue;
+        }
+        if let Err(error) = check_deadline(deadline, begun) {
+            return (state, Err(error));
+        }
+        state = sleep(running, state, deadline);
+    }
+}
+
+/// # Errors
+/// `Again` when there was never any time to wait, `Timeout` when it has passed.
+fn check_deadline(deadline: Option<Instant>, begun: Instant) -> Result<()> {
+    match deadline {
+        Some(deadline) if deadline <= begun => Err(Error::new(
+            ErrorKind::Again,
+            "the experts asked for are not in memory yet",
+        )),
+        Some(deadline) if deadline <= Instant::now() => Err(Error::new(
+            ErrorKind::Timeout,
+            "the experts asked for did not arrive in time",
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn sleep<'a>(
+    running: &'a Running,
+    mut state: MutexGuard<'a, State>,
+    deadline: Option<Instant>,
+) -> MutexGuard<'a, State> {
+    state.waiters += 1;
+    let changed = &running.core.changed;
+    let mut state = match deadline {
+        None => changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+        Some(deadline) => {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let woken = changed.wait_timeout(state, left);
+            woken.unwrap_or_else(PoisonError::into_inner).0
+        }
+    };
+    state.waiters -= 1;
+    state
+}

@@ -1,0 +1,250 @@
+//! Experts that are fetched one by one, against real files: every byte right, no lease lost, every mistake an error.
+
+mod common;
+
+use flea::ErrorKind;
+use flea::engine::{BudgetSpec, Model, OpenOptions};
+use flea::io::{ReaderKind, ReaderOptions};
+use flea::mem::Backing;
+use flea::plan::{ExpertOptions, experts};
+use flea::units::MIB;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// 6 layers of 16 experts, two sizes of them (the down projections of half the layers are larger), none on a page's edge.
+fn mixture() -> PathBuf {
+    let arguments = "--arch qwen3moe --layers 6 --embd 256 --ffn 512 --heads 4 --kv-heads 2 --vocab 800 --type q4_k_m --seed 7 \
+                     --experts 16 --experts-used 4";
+    let arguments: Vec<&str> = arguments.split_whitespace().collect();
+    common::synth("experts", &arguments)
+}
+
+fn smallest(path: &Path) -> u64 {
+    let (catalog, _) = flea::engine::read_catalog(path).expect("a model");
+    experts::smallest_budget_bytes(&catalog, &ExpertOptions::default()).expect("experts")
+}
+
+fn open(path: &Path, pool_bytes: u64, kind: ReaderKind) -> Model {
+    let options = OpenOptions {
+        budget: BudgetSpec::Pool(pool_bytes),
+        experts: true,
+        reader: ReaderOptions {
+            kind,
+            ..ReaderOptions::default()
+        },
+        ..OpenOptions::default()
+    };
+    Model::open(path, options).expect("a model")
+}
+
+/// The ranges of one expert of a layer in all stacks of it.
+fn ranges_of(model: &Model, layer: u32, expert: u32) -> Vec<(usize, usize)> {
+    let catalog = model.catalog();
+    let uses = &catalog.layers[layer as usize].uses;
+    let stacks = uses.iter().filter_map(|part| {
+        let tensor = &catalog.tensors[part.tensor_index as usize];
+        tensor.expert_extent(expert)
+    });
+    stacks
+        .map(|extent| {
+            let address = model.address(extent.shard_index, extent.offset_bytes);
+            (address as usize, extent.len_bytes as usize)
+        })
+        .collect()
+}
+
+#[allow(unsafe_code)]
+fn check_bytes(model: &Model, file: &std::fs::File, range: (usize, usize)) {
+    let base = model.address(0, 0) as usize;
+    let mut expected = vec![0u8; range.1];
+    file.read_exact_at(&mut expected, (range.0 - base) as u64)
+        .expect("read");
+    // SAFETY: the caller holds a lease of the range.
+    let there = unsafe { std::slice::from_raw_parts(range.0 as *const u8, range.1) };
+    assert!(there == expected, "{range:x?} differs from the file");
+}
+
+#[test]
+fn every_expert_is_right_at_every_budget_and_the_counters_add_up() {
+    let path = mixture();
+    let file = std::fs::File::open(&path).expect("open");
+    let model_bytes = file.metadata().expect("metadata").len();
+    let least = smallest(&path);
+    for (pool_bytes, kind) in [
+        (least, ReaderKind::IoUring),
+        (least + model_bytes / 4, ReaderKind::Pread),
+        (least + model_bytes / 2, ReaderKind::IoUring),
+    ] {
+        let model = open(&path, pool_bytes, kind);
+        let plan = model.plan().expect("a plan");
+        let cache = plan.experts.as_ref().expect("experts");
+        assert!(plan.resident_bytes + cache.cache_bytes <= pool_bytes);
+        // A walk that never repeats a choice soon: 4 of 16, by a rule that every run follows.
+        let mut asked = 0;
+        for step in 0..40u32 {
+            for layer in 0..6u32 {
+                let mut chosen: Vec<u32> = (0..4)
+                    .map(|slot| (step * 5 + layer * 3 + slot * 7) % 16)
+                    .collect();
+                chosen.sort_unstable();
+                chosen.dedup();
+                let ranges: Vec<_> = chosen
+                    .iter()
+                    .flat_map(|expert| ranges_of(&model, layer, *expert))
+                    .collect();
+                assert_eq!(ranges.len(), 3 * chosen.len());
+                model.acquire_ranges(&ranges, None).expect("acquire");
+                for range in &ranges {
+                    check_bytes(&model, &file, *range);
+                }
+                model.release_ranges(&ranges).expect("release");
+                asked += ranges.len() as u64;
+            }
+        }
+        let stats = model.stats();
+        assert_eq!(stats.experts.hits + stats.experts.misses, asked);
+        assert_eq!(stats.experts.calls, 240);
+        assert!(stats.experts.misses > 0 && stats.experts.misses < asked || pool_bytes == least);
+        let pages: u64 = cache.units.iter().map(|unit| unit.run.page_count).sum();
+        let each = (pages * plan.page_bytes) as f64 / cache.units.len() as f64;
+        let expected = stats.experts.misses as f64 * each;
+        let read = stats.experts.bytes as f64;
+        assert!(
+            (read / expected - 1.0).abs() < 0.25,
+            "{read} read, {expected} expected"
+        );
+        let all = stats.bytes_read as f64;
+        let known = read + plan.resident_bytes as f64;
+        assert!(
+            (all / known - 1.0).abs() < 0.05,
+            "{all} bytes read, {known} accounted for"
+        );
+    }
+}
+
+#[test]
+fn leases_protect_and_what_never_fits_is_refused() {
+    let path = mixture();
+    let file = std::fs::File::open(&path).expect("open");
+    let model = open(&path, smallest(&path), ReaderKind::Auto);
+    let held: Vec<_> = (0..2)
+        .flat_map(|expert| ranges_of(&model, 0, expert))
+        .collect();
+    model.acquire_ranges(&held, None).expect("acquire");
+    // Everything else goes through the rest of the cache.
+    for layer in 1..6 {
+        for expert in 0..16 {
+            let ranges = ranges_of(&model, layer, expert);
+            model.acquire_ranges(&ranges, None).expect("acquire");
+            model.release_ranges(&ranges).expect("release");
+        }
+    }
+    for range in &held {
+        check_bytes(&model, &file, *range);
+    }
+    let all: Vec<_> = (0..16)
+        .flat_map(|expert| ranges_of(&model, 1, expert))
+        .collect();
+    let error = model.acquire_ranges(&all, None).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+    // As many as there are slots, but this thread holds some of them.
+    let four: Vec<_> = (4..8)
+        .flat_map(|expert| ranges_of(&model, 0, expert))
+        .collect();
+    let error = model.acquire_ranges(&four, None).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
+    // Another thread may wait for them, and gets them.
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| {
+            model.acquire_ranges(&four, Some(Duration::from_secs(20)))?;
+            model.release_ranges(&four)
+        });
+        std::thread::sleep(Duration::from_millis(50));
+        model.release_ranges(&held).expect("release");
+        waiting.join().expect("the thread").expect("acquire");
+    });
+    let error = model.release_ranges(&held).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+}
+
+#[test]
+fn a_try_begins_the_reads() {
+    let path = mixture();
+    let model = open(&path, smallest(&path), ReaderKind::Auto);
+    let ranges = ranges_of(&model, 2, 3);
+    model.acquire(2, None, None).expect("what every token uses");
+    model.release(2).expect("release");
+    let error = model
+        .acquire_ranges(&ranges, Some(Duration::ZERO))
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Again, "{error}");
+    model.acquire_ranges(&ranges, None).expect("acquire");
+    assert_eq!(model.stats().experts.misses, 3);
+    model.release_ranges(&ranges).expect("release");
+}
+
+#[test]
+fn mistakes_are_errors() {
+    let path = mixture();
+    let model = open(&path, smallest(&path), ReaderKind::Auto);
+    let good = ranges_of(&model, 0, 0)[0];
+    let (_, embedding) = model.catalog().tensor("token_embd.weight").expect("there");
+    let kept = model.address(0, embedding.extent.offset_bytes) as usize;
+    let header = model.address(0, 0) as usize;
+    for (what, ranges) in [
+        ("none", vec![]),
+        ("too many", vec![good; 70_000]),
+        ("empty", vec![(good.0, 0)]),
+        ("nowhere", vec![(16, 16)]),
+        ("the host's", vec![(kept, 16)]),
+        ("the header", vec![(header, 16)]),
+        ("wraps", vec![(good.0, usize::MAX)]),
+        ("past the end", vec![good, (good.0, 1 << 40)]),
+    ] {
+        let error = model.acquire_ranges(&ranges, None).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{what}: {error}");
+    }
+    let error = model.acquire(0, Some(good), None).unwrap_err();
+    assert!(error.to_string().contains("flea_acquire_ranges"), "{error}");
+    let error = model.release_ranges(&[good]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+    let options = OpenOptions {
+        budget: BudgetSpec::Pool(smallest(&path) - 1),
+        experts: true,
+        ..OpenOptions::default()
+    };
+    let error = Model::open(&path, options).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+    assert!(error.to_string().contains("used by every token"), "{error}");
+}
+
+/// Where layers are streamed with all they have, ranges are leases of their layers.
+#[test]
+fn without_a_cache_ranges_are_leases_of_layers() {
+    let path = mixture();
+    let file = std::fs::File::open(&path).expect("open");
+    for backing in [Backing::Private, Backing::Shared] {
+        let options = OpenOptions {
+            budget: BudgetSpec::Pool(16 * MIB),
+            backing,
+            experts: backing == Backing::Shared,
+            ..OpenOptions::default()
+        };
+        let model = Model::open(&path, options).expect("a model");
+        assert!(model.plan().expect("a plan").experts.is_none() && !model.experts_on_demand());
+        for layer in 0..6 {
+            let ranges: Vec<_> = (0..16)
+                .flat_map(|expert| ranges_of(&model, layer, expert))
+                .collect();
+            model.acquire_ranges(&ranges, None).expect("acquire");
+            for range in &ranges {
+                check_bytes(&model, &file, *range);
+            }
+            model.release_ranges(&ranges).expect("release");
+        }
+        let stats = model.stats();
+        assert!(stats.loads > 0 && stats.acquires == stats.releases);
+        assert_eq!(stats.experts.calls, 0);
+    }
+}
