@@ -87,5 +87,5 @@ fn page(bytes: &[u8]) {
     board.answer_failure(LAYERS - 1);
     assert!(board.leases(1).len() <= LAYERS as usize);
     board.detach(1);
-    assert!(board.idle());
+    assert!(board.clients().is_empty() && (0..LAYERS).all(|layer| !board.held(layer)));
 }

@@ -1,10 +1,10 @@
 //! The engine: ties plan, pool and reader together. `file -> catalog -> plan -> reader -> pool -> **lease** -> host`.
 //!
 //! * [`open`]: path to catalog. * [`options`]: how to open it. * [`model`]: what a host holds. * `layout`: what there is to fetch.
-//! * `order`: what comes next. * [`trace`]: what happened when. * `latency`: how long loads took. * `reading`: how it is read. * `state`: who holds what.
-//! * `pick`: what to read next. `experts`: which of them are cached. [`ranges`]: leases of byte ranges.
-//! * * [`board`]: leases of other processes. * `wait`: how a host sleeps for it. * `stream`: the
-//!   one thread that moves bytes.
+//! * `order`: what comes next. * [`trace`]: what happened when. * `latency`: how long loads took. * `reading`: how it is read.
+//! * `state`: who holds what. * `pick`: what to read next. * `experts`: which of them are cached.
+//! * [`ranges`]: leases of byte ranges. * [`board`]: leases of other processes. * `wait`: how a host sleeps for it.
+//! * `stream`: the one thread that moves bytes.
 
 pub mod board;
 mod counting;

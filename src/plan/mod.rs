@@ -267,9 +267,10 @@ pub fn default_page_bytes(catalog: &Catalog) -> u64 {
 pub enum Method {
     /// Layers are streamed with all they have.
     Layers(PlanOptions),
-    /// What every token uses is resident and experts are fetched one by one; where everything fits, as `layers`.
+    /// What every token uses is resident and experts are fetched one by one; where everything fits, or where experts need
+    /// more than whole layers, as `layers`.
     Experts {
-        /// For a budget that the whole model fits.
+        /// For a budget that the whole model fits, and for one that is too small for `experts`.
         layers: PlanOptions,
         /// For every other.
         experts: ExpertOptions,
@@ -284,7 +285,10 @@ impl Method {
     pub fn smallest_budget_bytes(&self, catalog: &Catalog) -> Result<u64> {
         match self {
             Self::Layers(options) => smallest_budget_bytes(catalog, options),
-            Self::Experts { experts, .. } => experts::smallest_budget_bytes(catalog, experts),
+            Self::Experts { layers, experts } => {
+                let whole_layers = smallest_budget_bytes(catalog, layers)?;
+                Ok(experts::smallest_budget_bytes(catalog, experts)?.min(whole_layers))
+            }
         }
     }
 
@@ -295,13 +299,22 @@ impl Method {
     pub fn plan(&self, catalog: &Catalog, weight_budget_bytes: u64) -> Result<Plan> {
         match self {
             Self::Layers(options) => plan(catalog, weight_budget_bytes, options),
-            Self::Experts { layers, experts } => match plan(catalog, weight_budget_bytes, layers) {
-                Ok(plan) if plan.is_resident() => Ok(Plan {
+            Self::Experts { layers, experts } => {
+                let by_layers = plan(catalog, weight_budget_bytes, layers);
+                let least_bytes = experts::smallest_budget_bytes(catalog, experts)?;
+                // A few large experts can need more room than the ring.
+                let too_little = weight_budget_bytes < least_bytes
+                    && smallest_budget_bytes(catalog, layers)? < least_bytes;
+                let is_resident = by_layers.as_ref().is_ok_and(Plan::is_resident);
+                let plan = match is_resident || too_little {
+                    true => by_layers?,
+                    false => experts::plan(catalog, weight_budget_bytes, experts)?,
+                };
+                Ok(Plan {
                     smallest_budget_bytes: self.smallest_budget_bytes(catalog)?,
                     ..plan
-                }),
-                _ => experts::plan(catalog, weight_budget_bytes, experts),
-            },
+                })
+            }
         }
     }
 }
