@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
@@ -13,6 +14,8 @@ use crate::units::{GIB, PAGE_4K};
 
 /// Mapped at once: one byte of answer for each page of it.
 const SPAN_BYTES: u64 = GIB;
+/// For so long pages may be on their way in: the kernel drops none that is being read ahead.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// How many bytes of the file the page cache holds, as mincore says.
 ///
@@ -66,21 +69,24 @@ pub fn make_cold(path: &Path) -> Result<()> {
     // Pages that are not written back yet would stay.
     file.sync_all()
         .map_err(|error| Error::from_io(&error, format_args!("sync {}", path.display())))?;
-    posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).map_err(|errno| {
-        Error::os(
-            errno as i32,
-            format_args!("drop {} from the page cache", path.display()),
-        )
-    })?;
-    match cached_bytes(path)? {
-        0 => Ok(()),
-        bytes => Err(Error::new(
-            ErrorKind::Busy,
-            format!(
-                "{}: {bytes} bytes stay in the page cache, so nothing measured on it is cold; is another program using it?",
-                path.display()
-            ),
-        )),
+    let began = Instant::now();
+    loop {
+        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).map_err(|errno| {
+            let context = format_args!("drop {} from the page cache", path.display());
+            Error::os(errno as i32, context)
+        })?;
+        match cached_bytes(path)? {
+            0 => return Ok(()),
+            _ if began.elapsed() < PATIENCE => std::thread::sleep(Duration::from_millis(5)),
+            bytes => {
+                let context = format!(
+                    "{}: {bytes} bytes stay in the page cache, so nothing measured on it is cold; is another program \
+                     using it?",
+                    path.display()
+                );
+                return Err(Error::new(ErrorKind::Busy, context));
+            }
+        }
     }
 }
 
