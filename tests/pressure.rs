@@ -69,7 +69,7 @@ fn flead(cgroup: &Cgroup, socket: &Path) -> Program {
         "--memory",
         "380MiB",
         "--set",
-        "pressure.reserve=64MiB",
+        "pressure.reserve=48MiB",
         "--set",
         "pressure.hold=1s",
     ]);
