@@ -8,6 +8,7 @@ mod answer;
 pub mod config;
 mod divide;
 mod hosted;
+pub mod http;
 mod listener;
 pub mod metrics;
 pub mod notify;
