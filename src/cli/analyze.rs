@@ -10,7 +10,7 @@ mod report;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::plan::{CONTEXT_DEFAULT_COUNT, not_negative, positive};
 use super::table::{Align, Table};
@@ -24,10 +24,11 @@ use crate::tools::analyze::{
     weight_bits,
 };
 use crate::units::{HumanBytes, MIB, MemorySpec};
-use report::{DeviceReport, Report};
+use report::DeviceReport;
+pub(super) use report::Report;
 
 /// Bits of a weight unless told otherwise: q4_0 and q4_K with their scales.
-const WEIGHT_BITS_DEFAULT: f64 = 4.5;
+pub(super) const WEIGHT_BITS_DEFAULT: f64 = 4.5;
 /// The name of the device that `--memory` describes.
 const HERE: &str = "here";
 
@@ -100,7 +101,7 @@ pub struct Args {
     json: bool,
 }
 
-fn context(text: &str) -> std::result::Result<u64, String> {
+pub(super) fn context(text: &str) -> std::result::Result<u64, String> {
     match text.trim().parse::<u64>() {
         Ok(0) => Err("must be at least 1".to_owned()),
         Ok(count) => Ok(count),
@@ -119,7 +120,7 @@ pub fn command(args: &Args) -> Result<ExitCode> {
     if args.compat.is_some() {
         return compat(args, model);
     }
-    let report = examine(args, model)?;
+    let report = examine(args, model, &Source::find(model)?)?;
     if args.json {
         super::print_json(&report)?;
     } else {
@@ -128,10 +129,9 @@ pub fn command(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::from(report.exit_code))
 }
 
-/// The whole answer.
-fn examine(args: &Args, model: &str) -> Result<Report> {
-    let source = Source::find(model)?;
-    let question = question(args, &source);
+/// The whole answer about `source`, which was found as `model`.
+pub(super) fn examine(args: &Args, model: &str, source: &Source) -> Result<Report> {
+    let question = question(args, source);
     // Also what no device needs is checked: a context, a name to strip.
     let breakdown = Breakdown::new(&source.geometry, &question)?;
     let filed = match (&source.catalog, args.weight_bits) {
@@ -151,21 +151,21 @@ fn examine(args: &Args, model: &str) -> Result<Report> {
         || (breakdown.streamable_bytes(), breakdown.held_bytes()),
         filed::Filed::budget_base,
     );
-    let candidates = candidates(args, &source, base)?;
+    let candidates = candidates(args, source, base)?;
     let mut devices = Vec::new();
     for candidate in &candidates {
         devices.push(match &filed {
             Some(filed) => filed.judge(candidate, args.compute_seconds)?,
-            None => judge_description(&source, &question, &breakdown, candidate)?,
+            None => judge_description(source, &question, &breakdown, candidate)?,
         });
     }
     let has_tables = breakdown.row_table_bytes > 0 && filed.is_none();
     for device in devices.iter_mut().filter(|device| device.runs()) {
-        device.command = command_line(model, &source, &question, device, has_tables);
+        device.command = command_line(model, source, &question, device, has_tables);
     }
     Ok(Report::new(
         model,
-        &source,
+        source,
         &question,
         &breakdown,
         filed.is_some(),
@@ -372,19 +372,25 @@ pub(super) fn tokens_per_second(model: &str, device: &Device) -> Result<f64> {
     })
 }
 
-fn list(json: bool) -> Result<()> {
+/// The known models and devices.
+pub(super) fn listing() -> Result<Value> {
     let (models, devices) = (registry::models()?, device::built_in()?);
+    let models: Vec<_> = models
+        .iter()
+        .map(|known| json!({"name": known.recipe.name, "sources": known.recipe.sources}))
+        .collect();
+    let devices: Vec<_> = devices
+        .iter()
+        .map(|d| json!({"name": d.name, "alias": d.alias, "label": d.label, "memory_bytes": d.memory_bytes, "drive_gb_per_second": d.drive_gb_per_second}))
+        .collect();
+    Ok(json!({"models": models, "devices": devices}))
+}
+
+fn list(json: bool) -> Result<()> {
     if json {
-        let models: Vec<_> = models
-            .iter()
-            .map(|known| json!({"name": known.recipe.name, "sources": known.recipe.sources}))
-            .collect();
-        let devices: Vec<_> = devices
-            .iter()
-            .map(|d| json!({"name": d.name, "alias": d.alias, "label": d.label, "memory_bytes": d.memory_bytes, "drive_gb_per_second": d.drive_gb_per_second}))
-            .collect();
-        return super::print_json(&json!({"models": models, "devices": devices}));
+        return super::print_json(&listing()?);
     }
+    let (models, devices) = (registry::models()?, device::built_in()?);
     let mut known = Table::new(&[
         ("model", Align::Left),
         ("parameters", Align::Right),

@@ -149,7 +149,22 @@ fn every_choice() -> Vec<Choice> {
     choices
 }
 
-fn bench(args: &BenchArgs) -> Result<()> {
+/// What `flea kv bench` measured: the cells of every distribution.
+pub(super) struct Benched {
+    dim: usize,
+    count: usize,
+    seed: u32,
+    all: Vec<(Distribution, Vec<Cell>)>,
+}
+
+/// Measures; `tell` hears before every codec which it is, and may end it.
+///
+/// # Errors
+/// `Invalid` for vectors that cannot be; what the codecs and `tell` say.
+pub(super) fn measure_bench(
+    args: &BenchArgs,
+    tell: &mut dyn FnMut(&str) -> Result<()>,
+) -> Result<Benched> {
     let dim = args.dim as usize;
     let count = args.tokens as usize * 4;
     let total = count.saturating_mul(dim);
@@ -171,32 +186,63 @@ fn bench(args: &BenchArgs) -> Result<()> {
             continue;
         }
         let values = distribution.sample(count, dim, args.seed);
-        let cells: Vec<Cell> = choices
-            .iter()
-            .map(|choice| measure(*choice, &values, dim))
-            .collect::<Result<_>>()?;
-        all.push((distribution, cells));
+        let what = distribution.name();
+        all.push((
+            distribution,
+            measure_each(&choices, &values, dim, what, tell)?,
+        ));
     }
+    let seed = args.seed;
+    Ok(Benched {
+        dim,
+        count,
+        seed,
+        all,
+    })
+}
+
+fn measure_each(
+    choices: &[Choice],
+    values: &[f32],
+    dim: usize,
+    what: &str,
+    tell: &mut dyn FnMut(&str) -> Result<()>,
+) -> Result<Vec<Cell>> {
+    let one = |choice: &Choice| {
+        tell(&format!("{choice} on {what}"))?;
+        measure(*choice, values, dim)
+    };
+    choices.iter().map(one).collect()
+}
+
+impl Benched {
+    /// What `--json` prints.
+    pub(super) fn to_json(&self) -> Value {
+        let of_distribution = |(distribution, cells): &(Distribution, Vec<Cell>)| {
+            json!({
+                "distribution": distribution.name(),
+                "cells": cells.iter().map(cell_json).collect::<Vec<_>>(),
+                "iso_bit": iso_bit(cells).iter().map(gain_json).collect::<Vec<_>>(),
+            })
+        };
+        let list: Vec<Value> = self.all.iter().map(of_distribution).collect();
+        json!({
+            "dim": self.dim, "vectors": self.count, "seed": self.seed, "distributions": list,
+        })
+    }
+}
+
+fn bench(args: &BenchArgs) -> Result<()> {
+    let benched = measure_bench(args, &mut |_| Ok(()))?;
     if let Some(folder) = &args.svg {
-        write_plots(folder, dim, &all)?;
+        write_plots(folder, benched.dim, &benched.all)?;
     }
     if args.json {
-        let list: Vec<Value> = all
-            .iter()
-            .map(|(distribution, cells)| {
-                json!({
-                    "distribution": distribution.name(),
-                    "cells": cells.iter().map(cell_json).collect::<Vec<_>>(),
-                    "iso_bit": iso_bit(cells).iter().map(gain_json).collect::<Vec<_>>(),
-                })
-            })
-            .collect();
-        return super::print_json(&json!({
-            "dim": dim, "vectors": count, "seed": args.seed, "distributions": list,
-        }));
+        return super::print_json(&benched.to_json());
     }
+    let (dim, count) = (benched.dim, benched.count);
     let mut text = String::new();
-    for (distribution, cells) in &all {
+    for (distribution, cells) in &benched.all {
         text += &format!(
             "{}: {count} vectors of {dim} values\n\n{}\n",
             distribution.name(),
@@ -210,7 +256,21 @@ fn bench(args: &BenchArgs) -> Result<()> {
     super::print(&text)
 }
 
-fn compare(args: &CompareArgs) -> Result<()> {
+/// What `flea kv compare` measured.
+pub(super) struct Compared<'a> {
+    args: &'a CompareArgs,
+    vectors: usize,
+    cells: Vec<Cell>,
+}
+
+/// Measures; `tell` hears before every codec which it is, and may end it.
+///
+/// # Errors
+/// `Invalid` for values that are no vectors; what the file, the codecs and `tell` say.
+pub(super) fn measure_compare<'a>(
+    args: &'a CompareArgs,
+    tell: &mut dyn FnMut(&str) -> Result<()>,
+) -> Result<Compared<'a>> {
     let dim = args.dim as usize;
     let values = read_values(&args.file, &args.kind)?;
     if values.is_empty() || !values.len().is_multiple_of(dim) {
@@ -221,23 +281,36 @@ fn compare(args: &CompareArgs) -> Result<()> {
         );
         return Err(Error::new(ErrorKind::Invalid, message));
     }
-    let cells: Vec<Cell> = args
-        .codecs
-        .iter()
-        .map(|choice| measure(*choice, &values, dim))
-        .collect::<Result<_>>()?;
+    let what = args.file.display().to_string();
+    Ok(Compared {
+        args,
+        vectors: values.len() / dim,
+        cells: measure_each(&args.codecs, &values, dim, &what, tell)?,
+    })
+}
+
+impl Compared<'_> {
+    /// What `--json` prints.
+    pub(super) fn to_json(&self) -> Value {
+        json!({
+            "file": self.args.file, "dim": self.args.dim, "vectors": self.vectors,
+            "cells": self.cells.iter().map(cell_json).collect::<Vec<_>>(),
+            "iso_bit": iso_bit(&self.cells).iter().map(gain_json).collect::<Vec<_>>(),
+        })
+    }
+}
+
+fn compare(args: &CompareArgs) -> Result<()> {
+    let compared = measure_compare(args, &mut |_| Ok(()))?;
     if args.json {
-        return super::print_json(&json!({
-            "file": args.file, "dim": dim, "vectors": values.len() / dim,
-            "cells": cells.iter().map(cell_json).collect::<Vec<_>>(),
-            "iso_bit": iso_bit(&cells).iter().map(gain_json).collect::<Vec<_>>(),
-        }));
+        return super::print_json(&compared.to_json());
     }
     super::print(&format!(
-        "{}: {} vectors of {dim} values\n\n{}",
+        "{}: {} vectors of {} values\n\n{}",
         args.file.display(),
-        values.len() / dim,
-        cell_table(&cells)
+        compared.vectors,
+        args.dim,
+        cell_table(&compared.cells)
     ))
 }
 

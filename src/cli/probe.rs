@@ -255,7 +255,7 @@ fn compute(_span: Duration, _stop: &AtomicBool) -> Result<(Vec<Compute>, f64)> {
 }
 
 /// To the second, UTC.
-fn now() -> String {
+pub(super) fn now() -> String {
     let now = jiff::Timestamp::now();
     jiff::Timestamp::from_second(now.as_second())
         .map_or_else(|_| now.to_string(), |t| t.to_string())

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use clap::Args as ClapArgs;
@@ -96,6 +97,44 @@ pub struct RowsArgs {
 pub fn command(args: &RowsArgs) -> Result<ExitCode> {
     let stop = super::stop_on_signal()?;
     let mut telling = Telling::new(args.json);
+    let probed = probe(args, &stop, &mut |text| telling.tell(text));
+    telling.finish();
+    let probed = probed?;
+    if args.json {
+        super::print_json(&probed.to_json(args))?;
+    } else {
+        super::print(&to_table(args, &probed.report, probed.speed, probed.memory))?;
+    }
+    Ok(if probed.speed.max(probed.memory) == Verdict::Fail {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+/// What was measured, and how it is judged.
+pub(super) struct Probed {
+    report: RowsReport,
+    speed: Verdict,
+    memory: Verdict,
+}
+
+impl Probed {
+    /// What `--json` prints.
+    pub(super) fn to_json(&self, args: &RowsArgs) -> Value {
+        to_json(args, &self.report, self.speed, self.memory)
+    }
+}
+
+/// Measures and judges.
+///
+/// # Errors
+/// Those of the measurement.
+pub(super) fn probe(
+    args: &RowsArgs,
+    stop: &AtomicBool,
+    tell: &mut dyn FnMut(&str),
+) -> Result<Probed> {
     let options = RowsOptions {
         path: args.path.clone(),
         synth_bytes: args.synth,
@@ -111,20 +150,11 @@ pub fn command(args: &RowsArgs) -> Result<ExitCode> {
         },
         seed: args.seed,
     };
-    let measured = measure(&options, &stop, &mut |text| telling.tell(text));
-    telling.finish();
-    let report = measured?;
-    let speed = Verdict::of(best_ratio(&report), args.target);
-    let memory = memory_verdict(&report);
-    if args.json {
-        super::print_json(&to_json(args, &report, speed, memory))?;
-    } else {
-        super::print(&to_table(args, &report, speed, memory))?;
-    }
-    Ok(if speed.max(memory) == Verdict::Fail {
-        ExitCode::FAILURE
-    } else {
-        ExitCode::SUCCESS
+    let report = measure(&options, stop, tell)?;
+    Ok(Probed {
+        speed: Verdict::of(best_ratio(&report), args.target),
+        memory: memory_verdict(&report),
+        report,
     })
 }
 

@@ -15,7 +15,7 @@ use crate::units::HumanBytes;
 
 /// The whole answer.
 #[derive(Debug, Serialize)]
-pub(super) struct Report {
+pub(in crate::cli) struct Report {
     model: String,
     name: String,
     family: String,

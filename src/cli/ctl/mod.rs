@@ -91,7 +91,7 @@ pub struct MetricsArgs {
 
 impl Options {
     /// The socket's path: the argument or FLEA_ENDPOINT, without its `unix:`.
-    fn path(&self) -> &Path {
+    pub(super) fn path(&self) -> &Path {
         let text = self.socket.as_deref().unwrap_or(SOCKET_DEFAULT);
         Path::new(text.strip_prefix("unix:").unwrap_or(text))
     }
@@ -133,12 +133,20 @@ fn unreachable(path: &Path, error: &Error) -> Error {
     Error::new(ErrorKind::Connection, format!("{error}; {remedy}"))
 }
 
+/// What `flea-ctl status --json` prints.
+///
+/// # Errors
+/// `Connection` when the daemon cannot be reached; what it answers.
+pub(super) fn status_answer(options: &Options) -> Result<Value> {
+    options.ask(Method::Status, &json!({}))
+}
+
 /// Runs `flea-ctl status`.
 ///
 /// # Errors
 /// `Connection` when the daemon cannot be reached; what it answers.
 pub fn status(options: &Options) -> Result<()> {
-    let answer = options.ask(Method::Status, &json!({}))?;
+    let answer = status_answer(options)?;
     options.answer(&answer, || Ok(show::status(&snapshot(&answer)?)))
 }
 
@@ -155,16 +163,24 @@ pub fn models(options: &Options) -> Result<()> {
     })
 }
 
+/// What `flea-ctl stats --json` prints.
+///
+/// # Errors
+/// As [`status`].
+pub(super) fn stats_answer(options: &Options) -> Result<Value> {
+    let mut daemon = options.connect()?;
+    let models = daemon.list(Method::Stats, "models")?;
+    // As many clients as a packet has room for; they come with every page of the models.
+    let clients = daemon.call(Method::Stats, &json!({}))?["clients"].take();
+    Ok(json!({ "models": models, "clients": clients }))
+}
+
 /// Runs `flea-ctl stats`.
 ///
 /// # Errors
 /// As [`status`].
 pub fn stats(options: &Options) -> Result<()> {
-    let mut daemon = options.connect()?;
-    let models = daemon.list(Method::Stats, "models")?;
-    // As many clients as a packet has room for; they come with every page of the models.
-    let clients = daemon.call(Method::Stats, &json!({}))?["clients"].take();
-    let answer = json!({ "models": models, "clients": clients });
+    let answer = stats_answer(options)?;
     options.answer(&answer, || {
         let models: Vec<ModelState> = message::from_value(answer["models"].clone())?;
         let clients: Vec<ClientState> = message::from_value(answer["clients"].clone())?;
