@@ -44,6 +44,9 @@ probe() {
   # The tests of flead's units check them and run them under a real systemd.
   need systemd test -x /lib/systemd/systemd
   need procps command -v pgrep
+  # The browser of the dashboard's tests, about 85 MB to fetch and 300 MB installed.
+  need chromium command -v chromium
+  need chromium-driver command -v chromedriver
   need python3-pip python3 -m pip --version
   need python3-venv python3 -c 'import ensurepip, venv'
 }

@@ -38,6 +38,8 @@ enum Command {
     Doctor(cli::doctor::Args),
     /// Measure the codecs for keys and values: quality, bits, speed
     Kv(cli::kv::Args),
+    /// Show what analyze, kv, probe rows and a running flead say on a page in the browser
+    Dashboard(cli::dashboard::Args),
     /// Rewrite a model in the order in which its weights are used
     Pack(cli::pack::Args),
     /// Write a synthetic model of any size that llama.cpp loads
@@ -63,6 +65,7 @@ fn main() -> ExitCode {
         Command::Probe(args) => cli::probe::command(args),
         Command::Doctor(args) => cli::doctor::command(args),
         Command::Kv(args) => cli::kv::command(args).map(|()| ExitCode::SUCCESS),
+        Command::Dashboard(args) => cli::dashboard::command(args).map(|()| ExitCode::SUCCESS),
         Command::Pack(args) => cli::pack::command(args).map(|()| ExitCode::SUCCESS),
         Command::Synth(args) => cli::synth::command(args).map(|()| ExitCode::SUCCESS),
     };

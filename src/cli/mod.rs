@@ -13,6 +13,7 @@ mod bench_raw;
 pub mod bench_suite;
 pub mod cost;
 pub mod ctl;
+pub mod dashboard;
 pub mod doctor;
 pub mod flead;
 pub mod inspect;
@@ -75,6 +76,7 @@ Examples:
   flea analyze gemma4-e2b --context 32768 --device all
   flea cost --tokens-per-second 7 --price 900 --watts 12
   flea kv bench --svg plots
+  flea dashboard model.gguf --export report.html
 
 Sizes are written 4GiB, 4GB, 512M, or as a number of bytes; a memory budget also as a share of the model, 50%.
 Exit codes: 0 done, 1 failed, 2 usage, 3 daemon unreachable, 4 budget or resource refused, 5 not a model file or its \
