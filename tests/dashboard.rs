@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 
 use common::{flea, json, output};
 use daemon::Daemon;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use served::{NOBODY, Page, small, stdout, vectors};
 
@@ -539,6 +541,12 @@ fn what_cannot_be_is_refused_with_a_reason() {
         ),
         (vec!["--vectors", wrong], 2, "--dim"),
         (
+            vec!["--vectors", "/nowhere/keys", "--dim", "64"],
+            1,
+            "/nowhere/keys",
+        ),
+        (vec!["--table", "/nowhere/table"], 1, "/nowhere/table"),
+        (
             vec!["--export", "/nowhere/report.html"],
             1,
             "/nowhere/report.html",
@@ -554,4 +562,21 @@ fn what_cannot_be_is_refused_with_a_reason() {
         assert_eq!(ended.status.code(), Some(code), "{arguments:?}: {stderr}");
         assert!(stderr.contains(said), "{arguments:?}: {stderr}");
     }
+}
+
+#[test]
+fn it_ends_by_ctrl_c_and_that_is_no_failure() {
+    let mut page = Page::start(&["--socket", NOBODY]);
+    assert_eq!(page.ask("POST", "api/measure/kv-bench").status, 200);
+    let pid = Pid::from_raw(page.child.id() as i32);
+    kill(pid, Signal::SIGINT).expect("a signal");
+    let began = Instant::now();
+    let status = loop {
+        if let Some(status) = page.child.try_wait().expect("wait") {
+            break status;
+        }
+        assert!(began.elapsed() < Duration::from_secs(20), "it goes on");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert_eq!(status.code(), Some(0));
 }

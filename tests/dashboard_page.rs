@@ -121,7 +121,7 @@ fn a_browser_shows_real_figures_and_asks_nobody_else() {
         browser.run("return document.querySelectorAll('.series').length"),
         json!(0)
     );
-    browser.run("document.querySelector('#kv-form [name=dim]').value = '64'; document.querySelector('#kv-form [name=distribution]').value = 'gaussian'; document.querySelector('#rows-form [name=synth]').value = '64MiB'; \
+    browser.run("document.querySelector('#kv-form [name=dim]').value = '64'; document.querySelector('#kv-form [name=tokens]').value = '128'; document.querySelector('#kv-form [name=distribution]').value = 'gaussian'; document.querySelector('#rows-form [name=synth]').value = '64MiB'; \
         document.querySelector('#rows-form [name=seconds]').value = '200ms'; document.querySelector('#rows-form [name=budget]').value = '16MiB';");
     for (button, body) in [
         ("#kv-form button", "kv-body"),

@@ -162,7 +162,8 @@ pub fn command(args: &Args) -> Result<()> {
     while !stop.load(Ordering::Relaxed) {
         std::thread::sleep(TICK);
     }
-    board.measurer.stop();
+    // Nobody waits for an answer or a measurement that is still being made: their threads end with the program.
+    std::mem::forget(server);
     Ok(())
 }
 

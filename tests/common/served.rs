@@ -18,7 +18,7 @@ pub const NOBODY: &str = "/nowhere/flea.sock";
 
 /// A dashboard that serves; killed when it is dropped.
 pub struct Page {
-    child: Child,
+    pub child: Child,
     pub address: SocketAddr,
     /// `/SECRET/`
     pub base: String,

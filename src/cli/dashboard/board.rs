@@ -152,6 +152,10 @@ impl Board {
         for name in &args.models {
             self.analyze(&with(&self.first, "model", name))?;
         }
+        let vectors = self.vectors.as_ref().map(|vectors| &vectors.file);
+        for path in vectors.into_iter().chain([&self.table]) {
+            std::fs::metadata(path).map_err(|error| Error::from_io(&error, path.display()))?;
+        }
         for (what, file) in [
             (What::KvBench, &args.kv_bench),
             (What::KvCompare, &args.kv_compare),
