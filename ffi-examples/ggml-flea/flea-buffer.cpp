@@ -36,6 +36,7 @@ struct Memory {
     size_t size_bytes = 0;
     uint64_t placed_bytes = 0;   // reserved for weights that stand in a window: never touched
     Model * model = nullptr;     // whose weights are placed here
+    bool has_kv = false;         // keys and values whose place is elsewhere
 };
 
 struct Live {
@@ -95,6 +96,7 @@ void free_buffer(ggml_backend_buffer_t buffer) {
         if (memory->model) { live().planned_bytes = 0; }
     }
     munmap(memory->base, memory->size_bytes);
+    if (memory->has_kv) { kv_remove(); }
     if (memory->model) { model_buffer_freed(memory->model); }
     delete memory;
 }
@@ -115,8 +117,18 @@ void place(Memory & memory, ggml_tensor * tensor, const Weight * weight) {
     counters.placed_bytes += weight->bytes;
 }
 
+// Keys and values have their memory elsewhere: what is reserved for them here is never touched.
+ggml_status place_kv(Memory & memory, ggml_tensor * tensor) {
+    if (!kv_place(tensor)) { return GGML_STATUS_FAILED; }
+    std::lock_guard<std::mutex> guard(live().mutex);
+    memory.has_kv = true;
+    memory.placed_bytes = std::min<uint64_t>(memory.size_bytes, memory.placed_bytes + GGML_PAD(ggml_nbytes(tensor), alignment_bytes));
+    return GGML_STATUS_SUCCESS;
+}
+
 // Called for weights, and for every compute tensor of every graph: names are looked at first.
 ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor) {
+    if (kv_wants(tensor)) { return place_kv(memory_of(buffer), tensor); }
     if (tensor->view_src || tensor->op != GGML_OP_NONE || !is_weight_name(tensor->name)) { return GGML_STATUS_SUCCESS; }
     const Weight * weight = nullptr;
     switch (find_weight(tensor, &weight)) {
@@ -138,12 +150,31 @@ ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor) {
     return GGML_STATUS_FAILED;
 }
 
+// Does `access` on the bytes of a streamed cache under a lease. ggml has no way to report a failure: it has been logged, and the
+// next computation with the layer fails with it.
+template <typename Access> void with_kv(const KvTensor * kv, const ggml_tensor * tensor, size_t offset, size_t size, bool writes, Access access) {
+    KvLease lease;
+    int32_t status = lease.take((int32_t) kv->layer);
+    if (status == FLEA_OK) {
+        access((char *) tensor->data + offset);
+        const uint64_t at = (uint64_t) ((const char *) tensor->data - (const char *) kv->data) + offset;
+        if (writes) { status = lease.wrote(kv, at, size); }
+    }
+    if (status != FLEA_OK) { fail(status, std::string("keys and values: tensor '") + tensor->name + "'"); }
+}
+
 void memset_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, uint8_t value, size_t offset, size_t size) {
-    if (!weight_of(tensor)) { memset((char *) tensor->data + offset, value, size); }
+    if (const KvTensor * kv = kv_of(tensor)) {
+        with_kv(kv, tensor, offset, size, true, [&](char * at) { memset(at, value, size); });
+    } else if (!weight_of(tensor)) {
+        memset((char *) tensor->data + offset, value, size);
+    }
 }
 
 void set_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
-    if (const Weight * weight = weight_of(tensor)) {
+    if (const KvTensor * kv = kv_of(tensor)) {
+        with_kv(kv, tensor, offset, size, true, [&](char * at) { memcpy(at, data, size); });
+    } else if (const Weight * weight = weight_of(tensor)) {
         loader_read(weight, size);
     } else {
         memcpy((char *) tensor->data + offset, data, size);
@@ -181,7 +212,10 @@ void get_weight(const Weight * weight, const ggml_tensor * tensor, char * data, 
 }
 
 void get_tensor(ggml_backend_buffer_t, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
-    if (const Weight * weight = weight_of(tensor)) {
+    if (const KvTensor * kv = kv_of(tensor)) {
+        memset(data, 0, size);  // what stays where the lease is refused
+        with_kv(kv, tensor, offset, size, false, [&](const char * at) { memcpy(data, at, size); });
+    } else if (const Weight * weight = weight_of(tensor)) {
         get_weight(weight, tensor, (char *) data, offset, size);
     } else {
         memcpy(data, (const char *) tensor->data + offset, size);
@@ -190,7 +224,7 @@ void get_tensor(ggml_backend_buffer_t, const ggml_tensor * tensor, void * data, 
 
 bool cpy_tensor(ggml_backend_buffer_t, const ggml_tensor * src, ggml_tensor * dst) {
     const ggml_backend_buffer_t from = src->view_src ? src->view_src->buffer : src->buffer;
-    if (weight_of(src) || weight_of(dst)) { return false; }
+    if (weight_of(src) || weight_of(dst) || kv_of(src) || kv_of(dst)) { return false; }
     if (from->buft != buffer_type() && !ggml_backend_buffer_is_host(from)) { return false; }
     memcpy(dst->data, src->data, ggml_nbytes(src));
     return true;
@@ -199,6 +233,7 @@ bool cpy_tensor(ggml_backend_buffer_t, const ggml_tensor * src, ggml_tensor * ds
 // Fresh pages are zero already, and pages given back are fresh again: clearing never makes memory.
 void clear(ggml_backend_buffer_t buffer, uint8_t value) {
     Memory & memory = memory_of(buffer);
+    if (memory.has_kv) { kv_clear(); }
     if (value == 0) {
         madvise(memory.base, memory.size_bytes, MADV_DONTNEED);
     } else if (!memory.model) {

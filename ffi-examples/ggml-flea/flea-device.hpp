@@ -8,6 +8,7 @@
 //   flea-graph.cpp   graph_compute: cut where the layer changes, acquire, compute, release
 //   flea-arriving.cpp  the same for a layer that is still being read: compute with the part that is there
 //   flea-experts.cpp   experts that are fetched one by one: cut where a router has chosen
+//   flea-kv.cpp      keys and values that are moved out of memory
 //   flea-stats.cpp   counters, FLEA_STATS
 //   flea-env.cpp     FLEA_* variables, log lines
 //
@@ -180,6 +181,7 @@ struct Step {
     int32_t layer = -1;
     int32_t layer_last = -1;       // > layer: see kind
     enum Kind { plain, cut, together } kind = plain;
+    int32_t kv = -1;               // the layer whose keys and values it touches; -1: none that are streamed
 };
 
 // State of one ggml backend object (a context of the host has its own).
@@ -222,6 +224,46 @@ class Lease {
 
     Model * model_ = nullptr;
     uint32_t layer_ = 0;
+};
+
+// ---- flea-kv.cpp
+
+// One tensor of a KV cache that is streamed.
+struct KvTensor {
+    uint32_t layer = 0;
+    uint32_t side = 0;  // 0 keys, 1 values
+    int64_t row_elements = 0;
+    uint64_t row_bytes = 0;
+    uint64_t rows_count = 0;
+    void * data = nullptr;
+};
+
+void kv_configure(const ggml_flea_kv * calls);  // NULL: keys and values stay in memory
+uint64_t kv_ring_bytes();                       // memory that they will take; 0 where they are not streamed
+bool kv_wants(const ggml_tensor * tensor);      // a tensor of a cache, to be placed
+bool kv_place(ggml_tensor * tensor);
+const KvTensor * kv_of(const ggml_tensor * tensor);  // through view_src; NULL for all else
+int32_t kv_layer_of(const ggml_tensor * node);       // the layer whose keys and values a node reads or writes; -1: none
+void kv_clear();
+void kv_remove();
+
+// A lease on the keys and values of one layer.
+class KvLease {
+  public:
+    KvLease() = default;
+    ~KvLease() { release(); }
+    KvLease(const KvLease &) = delete;
+    KvLease & operator=(const KvLease &) = delete;
+
+    // Gives the one held before back; a negative layer changes nothing.
+    int32_t take(int32_t layer);
+    // Tells which rows a step has written.
+    int32_t wrote(ggml_cgraph * graph, const Step & step);
+    int32_t wrote(const KvTensor * kv, uint64_t offset, uint64_t bytes);
+    void release();
+
+  private:
+    int32_t layer_ = -1;
 };
 
 // ---- flea-arriving.cpp

@@ -301,6 +301,7 @@ int32_t configure(const ggml_flea_config * config) {
     skips_streamed = config && config->loader_skips_streamed;
     whole_layers = config && config->whole_layers;
     configured = false;
+    kv_configure(config ? config->kv : nullptr);
     if (!config) { return FLEA_OK; }
     auto model = std::make_unique<Model>();
     model->owned = false;

@@ -64,32 +64,51 @@ Use use_of(const ggml_tensor * node) {
     return use;
 }
 
-void push(std::vector<Step> & steps, int begin, int end, const Use & use) {
-    if (begin < end) { steps.push_back({ begin, end, use.model, use.layer, use.layer_last, use.kind }); }
+// A run of nodes: the weights of one layer, and the keys and values of one.
+struct Piece {
+    Use use;
+    int32_t kv = -1;
+
+    bool has_room_for(const Use & other, int32_t other_kv) const {
+        const bool same_weights = !other.model || !use.model || (use.layer == other.layer && use.model == other.model);
+        return same_weights && (other_kv < 0 || kv < 0 || kv == other_kv);
+    }
+    void add(const Use & other, int32_t other_kv) {
+        if (other.model) { use = other; }
+        if (other_kv >= 0) { kv = other_kv; }
+    }
+};
+
+void push(std::vector<Step> & steps, int begin, int end, const Piece & piece) {
+    const Use & use = piece.use;
+    if (begin < end) { steps.push_back({ begin, end, use.model, use.layer, use.layer_last, use.kind, piece.kv }); }
 }
 
 void cut_graph(ggml_cgraph * graph, std::vector<Step> & steps) {
     steps.clear();
     const int count = ggml_graph_n_nodes(graph);
     int begin = 0;
-    Use piece;
+    Piece piece;
     for (int i = 0; i < count; ++i) {
         const ggml_tensor * node = ggml_graph_node(graph, i);
         const Use use = use_of(node);
-        if (!use.model) { continue; }
+        const int32_t kv = kv_layer_of(node);
+        if (!use.model && kv < 0) { continue; }
         if (use.kind != Step::plain) {
             push(steps, begin, i, piece);
-            push(steps, i, i + 1, use);
+            push(steps, i, i + 1, { use, kv });
             begin = i + 1;
-            piece = Use();
-        } else if (!piece.model) {
-            piece = use;  // nodes before a piece's first weight belong to it
-        } else if (piece.layer != use.layer || piece.model != use.model) {
+            piece = Piece();
+            continue;
+        }
+        // Nodes before a piece's first weight belong to it.
+        if (!piece.has_room_for(use, kv)) {
             const int cut = i > begin && is_fused_pair(ggml_graph_node(graph, i - 1), node) ? i - 1 : i;
             push(steps, begin, cut, piece);
             begin = cut;
-            piece = use;
+            piece = Piece();
         }
+        piece.add(use, kv);
     }
     push(steps, begin, count, piece);
 }
@@ -281,6 +300,17 @@ void report(Model & model, int32_t layer, int32_t status) {
     }
 }
 
+// Keys and values of a step are there, and what the step will write of them is told: before it is computed, because the rows
+// count as written also where it fails half way.
+bool with_kv_of(const Step & step, ggml_cgraph * graph, KvLease & kv, int32_t * status) {
+    *status = kv.take(step.kv);
+    if (*status == FLEA_OK) { *status = kv.wrote(graph, step); }
+    if (*status != FLEA_OK && *status != FLEA_E_CANCELED && *status != FLEA_E_UNSUPPORTED) {  // the latter has been told
+        fail(*status, "keys and values of layer " + std::to_string(step.kv) + " could not be brought into memory");
+    }
+    return *status == FLEA_OK;
+}
+
 }  // namespace
 
 ggml_status graph_compute(Stream & stream, ggml_cgraph * graph) {
@@ -288,14 +318,16 @@ ggml_status graph_compute(Stream & stream, ggml_cgraph * graph) {
     cut_graph(graph, stream.steps);
     tell_order(stream);
     Lease lease;
+    KvLease kv;
     int32_t status = FLEA_OK;
     for (const Step & step : stream.steps) {
-        const ggml_status computed = compute_step(stream, graph, step, lease, &status);
+        const bool has_kv = with_kv_of(step, graph, kv, &status);
+        const ggml_status computed = has_kv ? compute_step(stream, graph, step, lease, &status) : GGML_STATUS_FAILED;
         if (computed == GGML_STATUS_SUCCESS) { continue; }
         lease.release();
         forget_order(stream);
         if (status == FLEA_E_CANCELED) { return GGML_STATUS_ABORTED; }
-        if (status != FLEA_OK) { report(*step.model, step.layer, status); }
+        if (has_kv && status != FLEA_OK) { report(*step.model, step.layer, status); }
         return computed;
     }
     lease.release();

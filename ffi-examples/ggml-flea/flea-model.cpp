@@ -99,7 +99,7 @@ uint32_t placed_layers(const Model & model) {
 void model_before_acquire(Model * model) {
     if (model->planned.load(std::memory_order_acquire)) { return; }
     drop_page_cache(model);  // what is left of the host's own loading; the pool is about to need the memory
-    pending_bytes = reserved_untouched_bytes();
+    pending_bytes = reserved_untouched_bytes() + kv_ring_bytes();
     const uint32_t placed = placed_layers(*model);
     if (placed < model->info.layer_count && !model->warned.exchange(true)) {
         log_line(LogLevel::warn, "%s: llama.cpp kept %u of %u layers in ordinary memory, where they are not streamed; -ngl 99 -fit off "

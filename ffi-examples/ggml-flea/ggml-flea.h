@@ -28,6 +28,27 @@ extern "C" {
 #define GGML_FLEA_API
 #endif
 
+/* Keys and values with less memory than they need. The program gives each tensor of the KV cache an address that has
+   memory only between acquire and release of its layer. Every call returns FLEA_OK or a negative status, and may come from any
+   thread; `context` is handed through. Calls and context are valid until the device is configured anew. */
+typedef struct ggml_flea_kv {
+  uint32_t struct_size; /* sizeof(ggml_flea_kv) */
+  const void *context;
+  /* The address of `rows_count` rows of `row_bytes` bytes, keys (side 0) or values (side 1) of a layer; NULL: refused. */
+  void *(*place)(const void *context, uint32_t layer, uint32_t side, uint64_t rows_count, uint64_t row_bytes);
+  /* Waits until keys and values of a layer are in memory. */
+  int32_t (*acquire)(const void *context, uint32_t layer);
+  /* Rows [first, end) were written under the lease. */
+  int32_t (*wrote)(const void *context, uint32_t layer, uint32_t side, uint64_t first, uint64_t end);
+  int32_t (*release)(const void *context, uint32_t layer);
+  /* Every row is zero again. */
+  int32_t (*clear)(const void *context);
+  /* The tensors are gone. */
+  int32_t (*remove)(const void *context);
+  /* Memory that all leases together can need. */
+  uint64_t (*ring_bytes)(const void *context);
+} ggml_flea_kv;
+
 typedef struct ggml_flea_config {
   uint32_t struct_size; /* sizeof(ggml_flea_config) */
   /* true: the device's memory reports itself as host memory from the start, so that llama.cpp's loader reads straight
@@ -38,6 +59,8 @@ typedef struct ggml_flea_config {
   /* Already opened by the caller, who closes it after the last llama_model that uses it is freed. With a model given
      nothing is searched and FLEA_MODEL, FLEA_MEMORY, FLEA_READER and FLEA_ENDPOINT are not read. */
   flea_model *model;
+  /* NULL: keys and values stay in memory. Copied. */
+  const ggml_flea_kv *kv;
 } ggml_flea_config;
 
 /* The backend's registration; one static object, never freed. Any thread. */

@@ -5,13 +5,13 @@
 use std::io::{BufRead, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use signal_hook::flag;
 
 use crate::cli;
 use crate::cli::run::answer::{print_answer, say_summary};
+use crate::cli::run::kv_disk::KvArgs;
 use crate::cli::run::logits::LogitsFile;
 use crate::cli::run::progress::{Loading, Reading};
 use crate::cli::trace::TraceFile;
@@ -20,13 +20,14 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ffi::types;
 use crate::host::session::prompt_tokens;
 use crate::host::{
-    Chat, End, Generation, KvType, SampleOptions, Sampler, Session, SessionOptions, Step,
-    StreamOptions, Token, process,
+    Chat, End, Generation, SampleOptions, Sampler, Session, SessionOptions, Step, StreamOptions,
+    Token, process,
 };
 use crate::proto::SOCKET_DEFAULT;
 use crate::units::MemorySpec;
 
 mod answer;
+mod kv_disk;
 mod logits;
 mod progress;
 
@@ -40,7 +41,9 @@ static EXIT_AT_ONCE: AtomicBool = AtomicBool::new(false);
 #[command(after_help = "\
 Without -p, -f and --prompt-tokens the prompt is read from standard input; --chat alone is a conversation.
 --memory bounds everything the process holds: weights, KV cache, compute memory and itself. A percentage means that
-share of the weights, with the rest on top. Left out, it is what is free under every limit, less a margin.")]
+share of the weights, with the rest on top. Left out, it is what is free under every limit, less a margin.
+--kv-disk keeps --kv-slots layers of the KV cache in memory and reads the others once per pass: each token then reads
+what the context holds. States of recurrent models stay in memory; models without flash attention are refused.")]
 pub struct Args {
     /// GGUF file; any shard of a split model
     #[arg(value_name = "MODEL")]
@@ -105,10 +108,6 @@ pub struct Args {
     #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = cli::count)]
     ubatch: u32,
 
-    /// Numbers of the KV cache: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl
-    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = KvType::from_str)]
-    kv_type: KvType,
-
     /// Write the raw f32 logits, one row per generated token
     #[arg(long, value_name = "FILE")]
     logits: Option<PathBuf>,
@@ -141,6 +140,9 @@ pub struct Args {
         conflicts_with_all = ["no_stream", "slots", "page_bytes", "request_bytes", "depth"]
     )]
     daemon: Option<PathBuf>,
+
+    #[command(flatten)]
+    kv: KvArgs,
 
     #[command(flatten)]
     streaming: StreamingArgs,
@@ -224,6 +226,7 @@ pub fn command(args: &Args) -> Result<ExitCode> {
     if args.no_stream && args.memory.is_some() {
         log::warn!("--memory bounds nothing with --no-stream: llama.cpp maps the whole model");
     }
+    let options = session_options(args)?;
     // Read before the model is loaded: a missing prompt should not take a minute to be noticed.
     let prompt = Prompt::read(args)?;
     let mut rows = args
@@ -234,7 +237,7 @@ pub fn command(args: &Args) -> Result<ExitCode> {
 
     let trace = TraceFile::create(args.trace.as_deref())?;
     let mut loading = Loading::start(args.json);
-    let mut session = Session::open(&session_options(args), &mut |share| {
+    let mut session = Session::open(&options, &mut |share| {
         loading.show(share);
         !STOP.load(Ordering::Relaxed)
     })?;
@@ -336,9 +339,9 @@ fn without_last_newline(mut text: String) -> String {
     text
 }
 
-fn session_options(args: &Args) -> SessionOptions {
+fn session_options(args: &Args) -> Result<SessionOptions> {
     let streaming = &args.streaming;
-    SessionOptions {
+    Ok(SessionOptions {
         path: args.model.clone(),
         stream: (!args.no_stream).then(|| StreamOptions {
             memory: args.memory.clone(),
@@ -362,9 +365,10 @@ fn session_options(args: &Args) -> SessionOptions {
         context_tokens: args.ctx,
         ubatch_tokens: args.ubatch,
         threads_count: args.threads,
-        kv_type: args.kv_type,
+        kv_type: args.kv.kv_type(),
+        kv_disk: args.kv.disk()?,
         stop: &STOP,
-    }
+    })
 }
 
 fn sample_options(args: &Args) -> SampleOptions {

@@ -40,6 +40,9 @@ impl KvType {
         ("iq4_nl", llama::GGML_TYPE_IQ4_NL),
     ];
 
+    /// Halves: what keys and values are in unless somebody says otherwise.
+    pub const F16: Self = Self(llama::GGML_TYPE_F16);
+
     /// The names, for help and messages.
     pub fn names() -> impl Iterator<Item = &'static str> {
         Self::ALL.iter().map(|(name, _)| *name)

@@ -14,6 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ffi::calls;
 use crate::ffi::handle::model_of;
 use crate::ffi::types::{self, flea_info, flea_model, flea_open_options, flea_stats_data};
+use crate::host::kv_disk::{KvCalls, KvDisk};
 use crate::host::session::Figures;
 use crate::proto::Opened;
 
@@ -23,6 +24,7 @@ struct Config {
     loader_skips_streamed: bool,
     whole_layers: bool,
     model: *mut flea_model,
+    kv: *const KvCalls,
 }
 
 // ffi-examples/ggml-flea/ggml-flea.h
@@ -67,6 +69,8 @@ pub struct StreamOptions {
 pub struct Streamed {
     handle: Arc<Handle>,
     device: llama::ggml_backend_dev_t,
+    /// Last: the device calls it until it is configured anew (see `drop`).
+    kv_disk: Option<KvDisk>,
 }
 
 /// The model's handle, closed with the last reference: the loader's stream and a monitor keep one while they may ask.
@@ -129,7 +133,7 @@ impl Streamed {
     ///
     /// # Errors
     /// Those of `flea_model_open`; `Busy` when another model is streamed.
-    pub fn open(path: &Path, options: &StreamOptions) -> Result<Self> {
+    pub fn open(path: &Path, options: &StreamOptions, kv_disk: Option<KvDisk>) -> Result<Self> {
         let nul = |_| {
             Error::new(
                 ErrorKind::Invalid,
@@ -180,16 +184,23 @@ impl Streamed {
             return Err(last_error(status));
         }
         let handle = Arc::new(Handle(model));
+        let kv_calls = kv_disk.as_ref().map(KvDisk::calls);
         let config = Config {
             struct_size: size_of::<Config>() as u32,
             loader_skips_streamed: true,
             whole_layers: options.whole_layers,
             model,
+            kv: kv_calls
+                .as_ref()
+                .map_or(std::ptr::null(), std::ptr::from_ref),
         };
-        // SAFETY: the struct is copied; the handle outlives the llama model (drop order in Session).
+        // SAFETY: both structs are copied; handle and `kv_disk` outlive the llama model (drop order in Session).
         let status = unsafe { ggml_backend_flea_configure(&raw const config) };
         if status < 0 {
-            return Err(last_failure().unwrap_or_else(|| {
+            let failure = last_failure();
+            // SAFETY: NULL forgets what was given, which ends with this function.
+            unsafe { ggml_backend_flea_configure(std::ptr::null()) };
+            return Err(failure.unwrap_or_else(|| {
                 Error::new(
                     kind_of(status),
                     "the ggml device streams another model already",
@@ -205,12 +216,28 @@ impl Streamed {
             }
             llama::ggml_backend_reg_dev_get(registration, 0)
         };
-        Ok(Self { handle, device })
+        Ok(Self {
+            handle,
+            device,
+            kv_disk,
+        })
     }
 
     /// The device weights are placed on.
     pub(crate) const fn device(&self) -> llama::ggml_backend_dev_t {
         self.device
+    }
+
+    /// Keys and values that are moved out of memory.
+    pub(crate) const fn kv_disk(&self) -> Option<&KvDisk> {
+        self.kv_disk.as_ref()
+    }
+
+    /// Why computing failed, if it was here.
+    pub(crate) fn failure(&self) -> Option<Error> {
+        self.kv_disk()
+            .and_then(KvDisk::failure)
+            .or_else(last_failure)
     }
 
     /// Says whether an address is a streamed weight's.

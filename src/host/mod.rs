@@ -14,6 +14,7 @@ pub mod context;
 mod device;
 pub mod file;
 pub mod header;
+pub mod kv_disk;
 pub mod kv_gate;
 pub mod kv_state;
 pub mod log;

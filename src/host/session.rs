@@ -10,9 +10,10 @@ use std::time::Instant;
 use crate::engine::{Trace, read_catalog};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::context::{ContextOptions, LlamaContext, LlamaModel, Origin, Progress};
-use crate::host::device::{self, Handle, StreamOptions, Streamed};
+use crate::host::device::{Handle, StreamOptions, Streamed};
 use crate::host::file::ModelFile;
 use crate::host::header::VirtualFile;
+use crate::host::kv_disk::{KvDisk, KvDiskFigures, KvDiskOptions};
 use crate::host::sample::{LogitsHash, Sampler};
 use crate::host::text::TextAssembler;
 use crate::host::{KvType, Token, log, process};
@@ -40,6 +41,8 @@ pub struct SessionOptions {
     pub threads_count: Option<u32>,
     /// Numbers of the KV cache.
     pub kv_type: KvType,
+    /// Where keys and values go that do not fit in memory; only where the model is streamed.
+    pub kv_disk: Option<KvDiskOptions>,
     /// Set to stop.
     pub stop: &'static AtomicBool,
 }
@@ -156,6 +159,8 @@ pub struct Figures {
     pub profile: String,
     /// What each copy of the model has served, the model itself first; empty without mirrors.
     pub mirrors: Vec<CopyStats>,
+    /// Keys and values that were moved out of memory; `None` where all stayed.
+    pub kv_disk: Option<KvDiskFigures>,
 }
 
 /// Watches the first reads from another thread.
@@ -194,10 +199,20 @@ impl Session {
         let profile = drive.map_or(Found::Nothing, |drive| profile::find(&drive));
         log::install();
         crate::host::context::start_backend();
+        let kv_disk = options.kv_disk.as_ref();
+        if kv_disk.is_some() && options.stream.is_none() {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                "keys and values are moved by the device that streams: not without one",
+            ));
+        }
+        let kv_disk = kv_disk
+            .map(|kv_disk| KvDisk::open(kv_disk, options.stop))
+            .transpose()?;
         let streamed = options
             .stream
             .as_ref()
-            .map(|stream| Streamed::open(&options.path, stream))
+            .map(|stream| Streamed::open(&options.path, stream, kv_disk))
             .transpose()?;
         let (model, loader_bytes) = match &streamed {
             Some(streamed) => load_streamed(streamed, files, progress)?,
@@ -213,6 +228,10 @@ impl Session {
         let threads_count = options
             .threads_count
             .unwrap_or_else(|| u32::try_from(process::core_count()).unwrap_or(1));
+        let kv_disk = streamed.as_ref().and_then(Streamed::kv_disk);
+        if let Some(kv_disk) = kv_disk {
+            kv_disk.set_heads(model.kv_head_count());
+        }
         let context = LlamaContext::new(
             &model,
             &ContextOptions {
@@ -222,7 +241,11 @@ impl Session {
                 kv_type: options.kv_type,
             },
             options.stop,
-        )?;
+        );
+        if let Some(kv_disk) = kv_disk {
+            kv_disk.ready()?;
+        }
+        let context = context?;
         // What loading needed once must not count against the weights.
         process::trim_allocator();
         Ok(Self {
@@ -445,7 +468,7 @@ impl Session {
             Err(error) => Err(self
                 .streamed
                 .as_ref()
-                .and_then(|_| device::last_failure())
+                .and_then(Streamed::failure)
                 .unwrap_or(error)),
         }
     }
@@ -498,6 +521,7 @@ impl Session {
         };
         if let Some(streamed) = &self.streamed {
             streamed.handle().fill(&mut figures)?;
+            figures.kv_disk = streamed.kv_disk().map(KvDisk::figures);
         }
         Ok(figures)
     }

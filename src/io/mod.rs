@@ -21,6 +21,7 @@ pub mod profile;
 mod request;
 pub mod rows;
 mod setup;
+pub mod spill;
 mod uring;
 
 #[cfg(all(test, feature = "faults"))]
@@ -38,6 +39,7 @@ use std::time::Duration;
 pub use direct::{DirectIo, HeaderReader, Identity, ShardFile};
 pub use memory::AlignedMemory;
 pub use request::REQUEST_MOST_BYTES;
+pub use spill::SpillFile;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{MIB, PAGE_2M, PAGE_4K};

@@ -77,32 +77,57 @@ pub fn reseal(frame: &mut [u8]) {
     }
 }
 
-/// FNV-1a over words of 8 bytes in four lanes, folded to 32 bits; the checksum's own place is left out.
+/// The checksum of a frame; its own place is left out.
 fn checksum(frame: &[u8]) -> u32 {
-    let mut lanes = [0xcbf2_9ce4_8422_2325u64, 1, 2, 3];
-    let mut add = |group: &[u8]| {
-        for (lane, word) in lanes.iter_mut().zip(group.chunks_exact(8)) {
+    let mut sum = Sum::default();
+    let mut head = [0; 32];
+    head[..CHECKSUM_AT].copy_from_slice(&frame[..CHECKSUM_AT]);
+    head[CHECKSUM_AT..].copy_from_slice(&(frame.len() as u64).to_le_bytes());
+    sum.add_group(&head);
+    sum.add(&frame[HEAD_BYTES..]);
+    sum.finish()
+}
+
+/// FNV-1a over words of 8 bytes in four lanes, folded to 32 bits.
+#[derive(Debug)]
+pub struct Sum([u64; 4]);
+
+impl Default for Sum {
+    fn default() -> Self {
+        Self([0xcbf2_9ce4_8422_2325, 1, 2, 3])
+    }
+}
+
+impl Sum {
+    /// Adds bytes and, up to the next multiple of 32, zeros: to be called once.
+    pub fn add(&mut self, bytes: &[u8]) {
+        let mut groups = bytes.chunks_exact(32);
+        groups.by_ref().for_each(|group| self.add_group(group));
+        // Also where nothing is left over: so it has been since the format was made.
+        let mut padded = [0; 32];
+        padded[..groups.remainder().len()].copy_from_slice(groups.remainder());
+        self.add_group(&padded);
+    }
+
+    fn add_group(&mut self, group: &[u8]) {
+        for (lane, word) in self.0.iter_mut().zip(group.chunks_exact(8)) {
             let word = u64::from_le_bytes(word.try_into().expect("eight bytes"));
             let mixed = (*lane ^ word).wrapping_mul(0x100_0000_01b3);
             // Without this the highest bits of a word would never reach the lower half.
             *lane = mixed ^ (mixed >> 29);
         }
-    };
-    let mut padded = [0; 32];
-    padded[..CHECKSUM_AT].copy_from_slice(&frame[..CHECKSUM_AT]);
-    padded[CHECKSUM_AT..].copy_from_slice(&(frame.len() as u64).to_le_bytes());
-    add(&padded);
-    let mut groups = frame[HEAD_BYTES..].chunks_exact(32);
-    groups.by_ref().for_each(&mut add);
-    padded = [0; 32];
-    padded[..groups.remainder().len()].copy_from_slice(groups.remainder());
-    add(&padded);
-    let hash = lanes.into_iter().fold(0u64, |hash, lane| {
-        (hash ^ lane)
-            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
-            .rotate_left(27)
-    });
-    (hash ^ (hash >> 32)) as u32
+    }
+
+    /// The sum of what was added.
+    #[must_use]
+    pub fn finish(&self) -> u32 {
+        let hash = self.0.into_iter().fold(0u64, |hash, lane| {
+            (hash ^ lane)
+                .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                .rotate_left(27)
+        });
+        (hash ^ (hash >> 32)) as u32
+    }
 }
 
 fn word(bytes: &[u8], at: usize) -> u32 {

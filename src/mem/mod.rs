@@ -6,6 +6,7 @@
 //! `file -> catalog -> plan -> reader -> pool -> lease -> host`: the pool, and the windows that a host sees it through.
 
 pub mod limits;
+pub mod place;
 pub mod pool;
 pub mod topology;
 pub mod window;
@@ -19,6 +20,7 @@ mod report;
 mod shared;
 mod view;
 
+pub use place::Place;
 pub use pool::{Backing, Pool, PoolOptions};
 pub use report::{Fallback, PageProbe, PageReport, PageSource};
 pub use topology::{Binding, Topology};

@@ -100,6 +100,7 @@ pub fn command(args: &GateArgs) -> Result<()> {
         kv_type: "f32"
             .parse()
             .map_err(|text: String| Error::new(ErrorKind::Internal, text))?,
+        kv_disk: None,
         stop,
     };
     let mut watch = |_: f32| !stop.load(Ordering::Relaxed);

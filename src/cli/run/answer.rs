@@ -5,6 +5,7 @@ use std::io::Write;
 use serde::Serialize;
 
 use crate::cli;
+use crate::cli::run::kv_disk::KvDiskAnswer;
 use crate::error::Result;
 use crate::host::{End, Figures, Generation, Session, Token};
 use crate::units::GIB;
@@ -46,6 +47,7 @@ struct Answer<'a> {
     peak_memory_bytes: u64,
     profile: String,
     mirrors: Vec<serde_json::Value>,
+    kv_disk: Option<KvDiskAnswer>,
 }
 
 fn per_second(count: usize, seconds: f64) -> f64 {
@@ -113,6 +115,7 @@ pub fn print_answer(session: &Session, generation: &Generation, figures: &Figure
             .iter()
             .map(cli::bench::mirror_json)
             .collect(),
+        kv_disk: figures.kv_disk.as_ref().map(KvDiskAnswer::from),
     })
 }
 
@@ -146,6 +149,15 @@ pub fn say_summary(generation: &Generation, figures: &Figures) {
         );
     } else {
         line += ", not streamed";
+    }
+    if let Some(kv) = &figures.kv_disk {
+        line += &format!(
+            ", keys and values {:.2} of {:.2} GiB in memory, {:.2} GB read and {:.2} GB written",
+            kv.ring_bytes as f64 / GIB as f64,
+            kv.cache_bytes as f64 / GIB as f64,
+            kv.bytes_read as f64 / 1e9,
+            kv.bytes_written as f64 / 1e9,
+        );
     }
     if !figures.fallbacks.is_empty() {
         line += &format!(", fallbacks: {}", figures.fallbacks.join(", "));
