@@ -215,6 +215,26 @@ fn qwen3moe_is_bit_identical() {
     check_architecture("qwen3moe", &["f16", "q4_0"]);
 }
 
+/// A prompt of one token, and one of 600: two ubatches.
+fn prompts() -> [String; 2] {
+    let ids: Vec<String> = (0..600u32)
+        .map(|index| (260 + index * 7 % 500).to_string())
+        .collect();
+    ["300".to_owned(), ids.join(",")]
+}
+
+/// 12 tokens after a prompt.
+fn after(model: &Path, prompt: &str, extra: &[&str]) -> Command {
+    let mut command = flea();
+    command
+        .arg("run")
+        .arg(model)
+        .args(["--prompt-tokens", prompt, "-n", "12"]);
+    command.args(["--ignore-eos", "--json", "--threads", "2", "--ctx", "1024"]);
+    command.args(extra);
+    command
+}
+
 /// Experts that are fetched one by one: the same bits, for prompts of one token and of several ubatches, down to the smallest
 /// cache, and what was read is what was missing.
 fn check_experts(arch: &str, dtype: &str) {
@@ -234,20 +254,8 @@ fn check_experts(arch: &str, dtype: &str) {
     arguments.extend(["--experts", "16", "--experts-used", "4", "--type", dtype]);
     let model = synth(&format!("experts-{arch}-{dtype}"), &arguments);
     let least = smallest_percent(&model, &[]);
-    let ids: Vec<String> = (0..600u32)
-        .map(|index| (260 + index * 7 % 500).to_string())
-        .collect();
-    for prompt in ["300", &ids.join(",")] {
-        let command = |extra: &[&str]| {
-            let mut command = flea();
-            command
-                .arg("run")
-                .arg(&model)
-                .args(["--prompt-tokens", prompt, "-n", "12"]);
-            command.args(["--ignore-eos", "--json", "--threads", "2", "--ctx", "1024"]);
-            command.args(extra);
-            command
-        };
+    for prompt in prompts() {
+        let command = |extra: &[&str]| after(&model, &prompt, extra);
         let reference = json(&mut command(&["--no-stream"]));
         for (memory, reader) in [
             (least.as_str(), "io_uring"),
@@ -316,6 +324,29 @@ fn experts_one_by_one_are_bit_identical_in_mixtral() {
 #[test]
 fn experts_one_by_one_are_bit_identical_in_qwen3moe() {
     check_experts("qwen3moe", "q4_k_m");
+}
+
+/// MXFP4 experts with biases, attention sinks, every other layer with a sliding window.
+#[test]
+fn experts_one_by_one_are_bit_identical_in_gpt_oss() {
+    check_experts("gpt-oss", "mxfp4");
+}
+
+/// A second table of embeddings, with a row for each token and layer; its layers are streamed as any others.
+#[test]
+fn gemma3n_is_bit_identical() {
+    let model = tiny("gemma3n", "q8_0");
+    let least = smallest_percent(&model, &[]);
+    for prompt in prompts() {
+        let reference = json(&mut after(&model, &prompt, &["--no-stream"]));
+        for (memory, reader) in [(least.as_str(), "io_uring"), ("50%", "pread")] {
+            let arguments = ["--memory", memory, "--reader", reader];
+            let result = json(&mut after(&model, &prompt, &arguments));
+            let what = format!("gemma3n {memory} {reader}, prompt of {}", prompt.len());
+            assert_same(&reference, &result, &what);
+            assert_streamed(&result);
+        }
+    }
 }
 
 #[test]
