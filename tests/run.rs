@@ -3,8 +3,11 @@
 mod common;
 #[path = "common/daemon.rs"]
 mod daemon;
+#[path = "common/generate.rs"]
+mod generate;
 
 use common::{flea, json, number, synth};
+use generate::{after, assert_same, prompts, smallest_percent};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -53,19 +56,6 @@ fn run(model: &Path, arguments: &[&str]) -> Command {
     command
 }
 
-/// The smallest weight budget that plans, as a percentage of the model for --memory.
-fn smallest_percent(model: &Path, extra: &[&str]) -> String {
-    let plan = json(
-        flea()
-            .arg("plan")
-            .arg(model)
-            .args(["--memory", "400%", "--json"])
-            .args(extra),
-    );
-    let percent = number(&plan, "smallest_budget_bytes") / number(&plan, "model_bytes") * 100.0;
-    format!("{:.3}%", percent + 0.001)
-}
-
 /// What must hold for every run that streamed.
 fn assert_streamed(result: &Value) {
     let (resident, model) = (
@@ -80,19 +70,6 @@ fn assert_streamed(result: &Value) {
     assert!(
         number(result, "bytes_read") > number(result, "streamed_bytes_per_pass"),
         "{result}"
-    );
-}
-
-fn assert_same(reference: &Value, streamed: &Value, what: &str) {
-    assert_eq!(
-        reference["logits_hash"], streamed["logits_hash"],
-        "{what}: logits differ"
-    );
-    assert_eq!(reference["token_ids"], streamed["token_ids"], "{what}");
-    assert_eq!(
-        streamed["token_ids"].as_array().map(Vec::len),
-        Some(12),
-        "{what}"
     );
 }
 
@@ -213,26 +190,6 @@ fn mixtral_is_bit_identical() {
 #[test]
 fn qwen3moe_is_bit_identical() {
     check_architecture("qwen3moe", &["f16", "q4_0"]);
-}
-
-/// A prompt of one token, and one of 600: two ubatches.
-fn prompts() -> [String; 2] {
-    let ids: Vec<String> = (0..600u32)
-        .map(|index| (260 + index * 7 % 500).to_string())
-        .collect();
-    ["300".to_owned(), ids.join(",")]
-}
-
-/// 12 tokens after a prompt.
-fn after(model: &Path, prompt: &str, extra: &[&str]) -> Command {
-    let mut command = flea();
-    command
-        .arg("run")
-        .arg(model)
-        .args(["--prompt-tokens", prompt, "-n", "12"]);
-    command.args(["--ignore-eos", "--json", "--threads", "2", "--ctx", "1024"]);
-    command.args(extra);
-    command
 }
 
 /// Experts that are fetched one by one: the same bits, for prompts of one token and of several ubatches, down to the smallest

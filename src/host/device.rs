@@ -58,6 +58,8 @@ pub struct StreamOptions {
     pub whole_layers: bool,
     /// Stream a layer with all its experts instead of fetching those that are chosen.
     pub whole_experts: bool,
+    /// The host keeps tables of embeddings whole instead of reading their rows.
+    pub host_rows: bool,
     /// Directories with copies of the model.
     pub mirrors: Vec<PathBuf>,
 }
@@ -67,6 +69,8 @@ pub struct StreamOptions {
 pub struct Streamed {
     handle: Arc<Handle>,
     device: llama::ggml_backend_dev_t,
+    /// Names of the tables whose rows are read.
+    row_tables: Vec<String>,
 }
 
 /// The model's handle, closed with the last reference: the loader's stream and a monitor keep one while they may ask.
@@ -205,7 +209,20 @@ impl Streamed {
             }
             llama::ggml_backend_reg_dev_get(registration, 0)
         };
-        Ok(Self { handle, device })
+        let row_tables = match options.host_rows {
+            true => Vec::new(),
+            false => handle.row_tables(),
+        };
+        Ok(Self {
+            handle,
+            device,
+            row_tables,
+        })
+    }
+
+    /// Names of the tables of embeddings that the device reads row by row. llama.cpp gives it none of its own accord.
+    pub(crate) fn row_tables(&self) -> &[String] {
+        &self.row_tables
     }
 
     /// The device weights are placed on.
@@ -213,13 +230,10 @@ impl Streamed {
         self.device
     }
 
-    /// Says whether an address is a streamed weight's.
+    /// Says whether an address lies in a window, where nothing but flea writes.
     pub(crate) fn in_window(&self) -> crate::host::file::InWindow {
         let handle = Arc::clone(&self.handle);
-        // SAFETY: flea_layer_of takes any address and does not read it; the handle is kept alive by the closure.
-        Box::new(
-            move |address: *const c_void| unsafe { calls::flea_layer_of(handle.0, address) } >= 0,
-        )
+        Box::new(move |address: *const c_void| handle.model().in_window(address as usize))
     }
 
     /// The model's handle.
@@ -233,6 +247,16 @@ impl Handle {
     pub(crate) fn model(&self) -> &Opened {
         // SAFETY: opened by flea_model_open, which gives a live handle, and closed only in Drop.
         unsafe { model_of(self.0) }
+    }
+
+    /// Names of the tables of embeddings whose rows can be read.
+    fn row_tables(&self) -> Vec<String> {
+        let model = self.model();
+        let tensors = model.catalog().tensors.iter().enumerate();
+        tensors
+            .filter(|(index, _)| model.row_bytes(*index).is_some())
+            .map(|(_, tensor)| tensor.name.clone())
+            .collect()
     }
 
     /// Figures of the plan.
@@ -298,6 +322,10 @@ impl Handle {
         figures.expert_hits = stats.expert_hits;
         figures.expert_misses = stats.expert_misses;
         figures.expert_bytes_read = stats.expert_bytes_read;
+        figures.rows_bytes = info.rows_bytes;
+        figures.rows = stats.rows;
+        figures.row_reads = stats.row_reads;
+        figures.row_bytes_read = stats.row_bytes_read;
         figures.reader = match stats.reader {
             types::FLEA_READER_PREAD => "pread",
             _ => "io_uring",
@@ -340,3 +368,7 @@ pub fn last_failure() -> Option<Error> {
     let text = text.strip_prefix("the model given: ").unwrap_or(&text);
     Some(Error::new(kind_of(status), text))
 }
+
+#[cfg(test)]
+#[path = "device_tests.rs"]
+mod tests;

@@ -130,6 +130,8 @@ impl<'a> Filed<'a> {
         plan::Args {
             // The smallest budget beside it is that of whole layers.
             whole_experts: true,
+            // The breakdown beside it has the tables whole.
+            host_rows: true,
             expert_skew: 0.0,
             model: self.path.clone(),
             memory: device.map_or(MemorySpec::Auto, |device| {
