@@ -260,6 +260,11 @@ impl Report {
         }
     }
 
+    /// Whether nothing is read once the model is loaded.
+    pub(super) const fn is_resident(&self) -> bool {
+        self.slots_count == 0 && self.experts.is_none()
+    }
+
     fn text(&self) -> String {
         let mut text = self.summary().to_string();
         if let Some(layers) = &self.layers {
@@ -358,7 +363,7 @@ impl Report {
 }
 
 /// As `flea run` would plan.
-fn method(args: &Args, catalog: &Catalog) -> Method {
+pub(super) fn method(args: &Args, catalog: &Catalog) -> Method {
     let layers = PlanOptions {
         slots_count: args.slots,
         page_bytes: args

@@ -4,15 +4,20 @@ use super::settings::Settings;
 use crate::error::{Error, ErrorKind, Result};
 use crate::proto::Socket;
 use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, UnixCredentials, bind, getsockopt,
     listen, socket, sockopt,
 };
 use nix::sys::stat::{Mode, umask};
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// How long another daemon may take to listen.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A socket that listens. One that was made here is removed when it is dropped.
 #[derive(Debug)]
@@ -31,6 +36,7 @@ impl Listener {
         let failed = |what: &str, errno: Errno| {
             Error::os(errno as i32, format!("{what} {}", path.display()))
         };
+        let _alone = alone_in(path)?;
         remove_stale(path)?;
         let fd = socket(
             AddressFamily::Unix,
@@ -108,6 +114,32 @@ impl Drop for Listener {
     }
 }
 
+/// Keeps other daemons out of the socket's directory while it is held: of two that start at once, one would take the
+/// other's socket, bound but not listening yet, for a stale one.
+fn alone_in(path: &Path) -> Result<Flock<File>> {
+    let directory = match path.parent() {
+        Some(directory) if !directory.as_os_str().is_empty() => directory,
+        _ => Path::new("."),
+    };
+    let mut file = File::open(directory)
+        .map_err(|error| Error::from_io(&error, format_args!("open {}", directory.display())))?;
+    let began = Instant::now();
+    loop {
+        file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((file, Errno::EWOULDBLOCK)) if began.elapsed() < PATIENCE => file,
+            Err((_, errno)) => {
+                let context = format!(
+                    "lock {} (another daemon is starting there)",
+                    directory.display()
+                );
+                return Err(Error::os(errno as i32, context));
+            }
+        };
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// Removes a socket that nobody listens on any more.
 fn remove_stale(path: &Path) -> Result<()> {
     let Ok(metadata) = std::fs::symlink_metadata(path) else {
@@ -137,4 +169,38 @@ pub fn admits(peer: &UnixCredentials, settings: &Settings) -> bool {
     }
     let anybody = settings.users.is_empty() && settings.groups.is_empty();
     anybody || settings.users.contains(&peer.uid()) || settings.groups.contains(&peer.gid())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Barrier;
+
+    #[test]
+    fn of_daemons_that_start_at_once_one_listens() {
+        let directory = tempfile::tempdir().unwrap();
+        let settings = Settings {
+            socket: directory.path().join("flea.sock"),
+            ..Settings::default()
+        };
+        for _ in 0..20 {
+            // What a daemon that was killed leaves behind.
+            drop(std::os::unix::net::UnixListener::bind(&settings.socket).unwrap());
+            let start = Barrier::new(4);
+            let results: Vec<Result<Listener>> = std::thread::scope(|scope| {
+                let bind = || {
+                    start.wait();
+                    Listener::bind(&settings)
+                };
+                let threads: Vec<_> = (0..4).map(|_| scope.spawn(bind)).collect();
+                threads.into_iter().map(|t| t.join().unwrap()).collect()
+            });
+            let refused = results.iter().filter_map(|result| result.as_ref().err());
+            let kinds: Vec<ErrorKind> = refused.map(Error::kind).collect();
+            assert_eq!(kinds, [ErrorKind::Busy; 3], "{results:?}");
+            Socket::connect(&settings.socket, Duration::from_secs(1)).unwrap();
+            drop(results);
+            assert!(!settings.socket.exists());
+        }
+    }
 }

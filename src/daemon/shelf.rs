@@ -11,7 +11,7 @@ use crate::engine::read_catalog;
 use crate::engine::share::Group;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mem::limits;
-use crate::units::{HumanBytes, MemorySpec};
+use crate::units::{HumanBytes, MemorySpec, PAGE_2M};
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -355,7 +355,10 @@ impl Shelf {
             .iter()
             .zip(&parts)
             .map(|(model, part)| (model.budget_bytes(), *part, model))
-            .filter(|(now, part, _)| now.abs_diff(*part) > now / WORTH_IT || now > part)
+            // The last little is always worth it: without it a model that fits would be read from for ever.
+            .filter(|(now, part, model)| {
+                now > part || part - now > now / WORTH_IT || *part == model.largest_bytes
+            })
             .collect();
         changes.sort_by_key(|(now, part, _)| *now == 0 || part > now);
         let mut result = Ok(());
@@ -410,6 +413,10 @@ fn weight_of(path: &Path, settings: &Settings) -> u32 {
 pub fn budget_of(settings: &Settings, held_bytes: u64) -> Result<u64> {
     match settings.memory {
         MemorySpec::Auto => Ok(limits::available_memory_bytes()?.saturating_add(held_bytes)),
+        MemorySpec::Bytes(bytes) if bytes < PAGE_2M => Err(Error::new(
+            ErrorKind::Invalid,
+            format!("a budget of {bytes} bytes is less than a page: is a unit missing (8GiB)?"),
+        )),
         MemorySpec::Bytes(bytes) => {
             let free_bytes = limits::free_memory()?.bytes;
             if bytes <= free_bytes.saturating_add(held_bytes) {

@@ -42,6 +42,8 @@ fn spawn(socket: &Path, models: &Path, settings: &[(&str, &str)]) -> Child {
         .arg("--models")
         .arg(models)
         .args(["--memory", "256MiB"])
+        // What else runs on the machine must not change a test's budget; tests/pressure.rs is about that.
+        .args(["--set", "pressure.watch=false"])
         .envs(settings.iter().copied())
         .stdin(Stdio::null());
     // SAFETY: prctl is safe between fork and exec.

@@ -11,8 +11,8 @@ use crate::error::{ErrorKind, Result};
 use crate::io::profile::Found;
 use crate::model::arch::{CONTEXT_MAX, Geometry};
 use crate::model::{Catalog, LayerKind, Role};
+use crate::plan::SLOTS_DEFAULT;
 use crate::plan::budget::smallest_total_bytes;
-use crate::plan::{PlanOptions, SLOTS_DEFAULT, smallest_budget_bytes};
 use crate::tools::analyze::verdict::largest;
 use crate::tools::analyze::{Breakdown, Device, KvStore, Question, Verdict};
 use crate::units::MemorySpec;
@@ -128,8 +128,7 @@ impl<'a> Filed<'a> {
     /// What `flea plan` is asked.
     fn args(&self, device: Option<&Device>, context_count: u64) -> plan::Args {
         plan::Args {
-            // The smallest budget beside it is that of whole layers.
-            whole_experts: true,
+            whole_experts: false,
             // The breakdown beside it has the tables whole.
             host_rows: true,
             expert_skew: 0.0,
@@ -190,7 +189,7 @@ impl<'a> Filed<'a> {
         let smallest_bytes = self.smallest_bytes(context_count)?;
         let verdict = match &report {
             None => Verdict::Infeasible,
-            Some(report) if report.slots_count == 0 => Verdict::Resident,
+            Some(report) if report.is_resident() => Verdict::Resident,
             Some(_) => Verdict::Streamed,
         };
         let most = self
@@ -208,7 +207,7 @@ impl<'a> Filed<'a> {
                 ..self.args(Some(device), count)
             };
             plan::Report::new(&asked, self.catalog, u64::MAX, &Found::Nothing)
-                .is_ok_and(|report| report.slots_count == 0)
+                .is_ok_and(|report| report.is_resident())
         };
         Ok(DeviceReport::planned(
             device,
@@ -222,9 +221,9 @@ impl<'a> Filed<'a> {
 
     /// The least memory that `flea run` would begin with.
     fn smallest_bytes(&self, context_count: u64) -> Result<u64> {
-        let options = PlanOptions::for_catalog(self.catalog);
-        let weights = smallest_budget_bytes(self.catalog, &options)?;
-        let shape = plan::host_shape(&self.args(None, context_count), self.catalog);
+        let args = self.args(None, context_count);
+        let weights = plan::method(&args, self.catalog).smallest_budget_bytes(self.catalog)?;
+        let shape = plan::host_shape(&args, self.catalog);
         let host = self
             .host_bytes(context_count)
             .unwrap_or_else(|| shape.host_bytes());

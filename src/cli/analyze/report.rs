@@ -51,9 +51,9 @@ pub(super) struct DeviceReport {
     streamed_bytes_per_token: u64,
     /// `null` where no rate is known that would bound it.
     pub(super) tokens_per_second: Option<f64>,
-    /// If of the routed experts only the chosen ones were read.
-    chosen_experts_bytes_per_token: Option<u64>,
-    chosen_experts_tokens_per_second: Option<f64>,
+    /// Where layers come with all their experts; `null` without experts, and for files, where `plan` tells.
+    whole_layers_bytes_per_token: Option<u64>,
+    whole_layers_tokens_per_second: Option<f64>,
     /// The largest context that it runs with.
     largest_context_count: Option<u64>,
     /// The largest context with which everything stays in memory.
@@ -85,8 +85,8 @@ impl DeviceReport {
             smallest_bytes: judgement.smallest_bytes,
             streamed_bytes_per_token: judgement.streamed_bytes_per_token,
             tokens_per_second: judgement.tokens_per_second,
-            chosen_experts_bytes_per_token: judgement.chosen_bytes_per_token,
-            chosen_experts_tokens_per_second: judgement.chosen_tokens_per_second,
+            whole_layers_bytes_per_token: judgement.whole_bytes_per_token,
+            whole_layers_tokens_per_second: judgement.whole_tokens_per_second,
             largest_context_count: largest,
             largest_resident_context_count: largest_resident,
             command: None,
@@ -122,8 +122,8 @@ impl DeviceReport {
                 .as_ref()
                 .map_or(0, |report| report.streamed_bytes_per_pass),
             tokens_per_second: prediction.and_then(|prediction| prediction.tokens_per_second),
-            chosen_experts_bytes_per_token: None,
-            chosen_experts_tokens_per_second: None,
+            whole_layers_bytes_per_token: None,
+            whole_layers_tokens_per_second: None,
             largest_context_count: largest,
             largest_resident_context_count: largest_resident,
             command: None,
@@ -213,11 +213,11 @@ impl Report {
         }
         for device in &self.devices {
             let name = &device.name;
-            if let Some(rate) = device.chosen_experts_tokens_per_second {
-                let bytes = HumanBytes(device.chosen_experts_bytes_per_token.unwrap_or(0));
+            if let Some(rate) = device.whole_layers_tokens_per_second {
+                let bytes = HumanBytes(device.whole_layers_bytes_per_token.unwrap_or(0));
                 let rate = rate_text(Some(rate));
                 notes.push(format!(
-                    "{name}: flea reads a layer with all its experts; with only the chosen ones, {bytes} per token, {rate} tokens/s"
+                    "{name}: only chosen experts are read; through the daemon whole layers are, {bytes} per token, {rate} tokens/s"
                 ));
             }
             if device.runs() && device.command.is_none() {

@@ -65,14 +65,14 @@ pub struct Judgement {
     pub missing_bytes: u64,
     /// The least memory that it runs with.
     pub smallest_bytes: u64,
-    /// Bytes read for a token.
+    /// Bytes read for a token: of routed experts only those that it chooses.
     pub streamed_bytes_per_token: u64,
     /// Tokens per second that the drive allows, or memory where everything is in it and its rate is known.
     pub tokens_per_second: Option<f64>,
-    /// The bytes read if of the routed experts only the chosen ones were.
-    pub chosen_bytes_per_token: Option<u64>,
+    /// The bytes read where layers come with all their experts, as through the daemon; `None` without experts.
+    pub whole_bytes_per_token: Option<u64>,
     /// The tokens per second of that.
-    pub chosen_tokens_per_second: Option<f64>,
+    pub whole_tokens_per_second: Option<f64>,
 }
 
 /// Holds a model of these bytes against a device.
@@ -118,8 +118,8 @@ pub fn judge(model: &Breakdown, device: &Device) -> Judgement {
         smallest_bytes,
         streamed_bytes_per_token: 0,
         tokens_per_second: None,
-        chosen_bytes_per_token: None,
-        chosen_tokens_per_second: None,
+        whole_bytes_per_token: None,
+        whole_tokens_per_second: None,
     };
     match verdict {
         Verdict::Resident | Verdict::Rows => {
@@ -139,16 +139,16 @@ impl Judgement {
         let rate = device.drive_gb_per_second.map(|rate| rate * 1e9);
         let per_second = |bytes: u64| rate.filter(|_| bytes > 0).map(|rate| rate / bytes as f64);
         self.streamed_bytes_per_token = streamed_bytes;
-        self.tokens_per_second = per_second(streamed_bytes);
         if model.expert_bytes > 0 {
-            let chosen = chosen_bytes(model, streamed_bytes);
-            self.chosen_bytes_per_token = Some(chosen);
-            self.chosen_tokens_per_second = per_second(chosen);
+            self.whole_bytes_per_token = Some(streamed_bytes);
+            self.whole_tokens_per_second = per_second(streamed_bytes);
+            self.streamed_bytes_per_token = chosen_bytes(model, streamed_bytes);
         }
+        self.tokens_per_second = per_second(self.streamed_bytes_per_token);
     }
 }
 
-/// Bytes that a token reads if memory holds first what every token uses and then experts, and of those only the chosen
+/// Bytes that a token reads: memory holds first what every token uses and then experts, and of those only the chosen
 /// ones are read: the share of them that is not in memory.
 fn chosen_bytes(model: &Breakdown, streamed_bytes: u64) -> u64 {
     let always_bytes = model.streamable_bytes().saturating_sub(model.expert_bytes);
