@@ -368,7 +368,3 @@ pub fn last_failure() -> Option<Error> {
     let text = text.strip_prefix("the model given: ").unwrap_or(&text);
     Some(Error::new(kind_of(status), text))
 }
-
-#[cfg(test)]
-#[path = "device_tests.rs"]
-mod tests;

@@ -1,14 +1,34 @@
 //! The ggml device asked for what no file can make it do: experts and rows that the model does not have.
 
-use std::ffi::CString;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+#![cfg(feature = "run")]
+#![allow(unsafe_code)]
 
+mod common;
+
+use flea::ffi::calls;
+use flea::ffi::types::{
+    FLEA_E_INVALID, FLEA_OPEN_DEFER_PLAN, FLEA_OPEN_EXPERTS, flea_model, flea_open_options,
+    flea_stats_data,
+};
 use llama_cpp_sys_2 as llama;
+use std::ffi::{CStr, CString, c_char};
+use std::path::{Path, PathBuf};
 
-use super::*;
-use crate::tools::synth::shape::{Arch, Quant, Shape, Wish};
-use crate::tools::synth::{Spec, generate};
+#[repr(C)]
+struct Config {
+    struct_size: u32,
+    loader_skips_streamed: bool,
+    whole_layers: bool,
+    model: *mut flea_model,
+}
+
+// ffi-examples/ggml-flea/ggml-flea.h
+unsafe extern "C" {
+    fn ggml_backend_flea_reg() -> llama::ggml_backend_reg_t;
+    fn ggml_backend_flea_configure(config: *const Config) -> i32;
+    fn ggml_backend_flea_pending_bytes() -> *const u64;
+    fn ggml_backend_flea_last_failure(text: *mut *const c_char) -> i32;
+}
 
 const EMBD: i64 = 256;
 const FFN: i64 = 1024;
@@ -16,31 +36,75 @@ const EXPERTS: i64 = 8;
 const VOCAB: i64 = 70_000;
 
 /// A mixture of 8 experts whose embeddings are long enough to be read by rows.
-fn mixture(directory: &Path) -> PathBuf {
-    let wish = Wish {
-        layers: Some(4),
-        embd: Some(EMBD as u64),
-        ffn: Some(FFN as u64),
-        vocab: Some(VOCAB as u64),
-        experts: Some(EXPERTS as u64),
-        experts_used: Some(2),
-        tied: true,
-        ..Wish::default()
-    };
-    let spec = Spec {
-        shape: Shape::choose(Arch::Qwen3Moe, Quant::Q8_0, &wish).expect("a shape"),
-        seed: 3,
-        router_skew: 0.0,
-        split_bytes: None,
-        force: false,
-    };
-    let report = generate(
-        &spec,
-        &directory.join("m.gguf"),
-        &AtomicBool::new(false),
-        |_, _| {},
-    );
-    report.expect("a model").files[0].clone()
+fn mixture() -> PathBuf {
+    let arguments = "--arch qwen3moe --layers 4 --embd 256 --ffn 1024 --heads 4 --vocab 70000 --tied --type q8_0 --seed 3 \
+                     --experts 8 --experts-used 2";
+    let arguments: Vec<&str> = arguments.split_whitespace().collect();
+    common::synth("device", &arguments)
+}
+
+/// The model on the device, until it is dropped.
+struct Streamed(*mut flea_model);
+
+impl Streamed {
+    fn open(path: &Path) -> Self {
+        let path = CString::new(path.as_os_str().as_encoded_bytes()).expect("no NUL");
+        // SAFETY: as ggml-flea.h wants it: the model is open before it is given to the device, and closed in Drop.
+        unsafe {
+            let mut options: flea_open_options = std::mem::zeroed();
+            options.struct_size = size_of::<flea_open_options>() as u32;
+            options.flags = FLEA_OPEN_DEFER_PLAN | FLEA_OPEN_EXPERTS;
+            // What every token uses, the head among it, and a part of the experts.
+            options.memory = c"75%".as_ptr();
+            options.host_pending_bytes = ggml_backend_flea_pending_bytes();
+            let mut model = std::ptr::null_mut();
+            let status = calls::flea_model_open(path.as_ptr(), &raw const options, &raw mut model);
+            assert_eq!(status, 0);
+            let config = Config {
+                struct_size: size_of::<Config>() as u32,
+                loader_skips_streamed: true,
+                whole_layers: false,
+                model,
+            };
+            assert_eq!(ggml_backend_flea_configure(&raw const config), 0);
+            Self(model)
+        }
+    }
+
+    fn device(&self) -> llama::ggml_backend_dev_t {
+        // SAFETY: one static registration with one device.
+        unsafe { llama::ggml_backend_reg_dev_get(ggml_backend_flea_reg(), 0) }
+    }
+
+    fn stats(&self) -> flea_stats_data {
+        // SAFETY: the model is open; all-zero is a valid structure to be filled.
+        unsafe {
+            let mut stats: flea_stats_data = std::mem::zeroed();
+            stats.struct_size = size_of::<flea_stats_data>() as u32;
+            assert_eq!(calls::flea_stats(self.0, &raw mut stats), 0);
+            stats
+        }
+    }
+}
+
+impl Drop for Streamed {
+    fn drop(&mut self) {
+        // SAFETY: NULL forgets the model, whose weights nobody has any more; it is closed once.
+        unsafe {
+            ggml_backend_flea_configure(std::ptr::null());
+            calls::flea_model_close(self.0);
+        }
+    }
+}
+
+/// What the device said last.
+fn last_failure() -> (i32, String) {
+    let mut text = std::ptr::null();
+    // SAFETY: the text is valid until this thread asks again, and copied here.
+    unsafe {
+        let status = ggml_backend_flea_last_failure(&raw mut text);
+        (status, CStr::from_ptr(text).to_string_lossy().into_owned())
+    }
 }
 
 /// A graph of one operation on one weight of the model.
@@ -115,13 +179,13 @@ impl Asked {
     }
 
     /// The result for these ids, or why there is none.
-    fn compute(&self, ids: &[i32]) -> Result<Vec<f32>> {
+    fn compute(&self, ids: &[i32]) -> Result<Vec<f32>, (i32, String)> {
         // SAFETY: graph and backend are alive; the copies are as long as their tensors.
         unsafe {
             llama::ggml_backend_tensor_set(self.ids, ids.as_ptr().cast(), 0, size_of_val(ids));
             let status = llama::ggml_backend_graph_compute(self.backend, self.graph);
             if status != llama::GGML_STATUS_SUCCESS {
-                return Err(last_failure().expect("a reason"));
+                return Err(last_failure());
             }
             let mut values = vec![0_f32; llama::ggml_nelements(self.result) as usize];
             let bytes = size_of_val(values.as_slice());
@@ -148,40 +212,33 @@ impl Drop for Asked {
 /// One test for all: a process streams one model at a time.
 #[test]
 fn experts_and_rows_that_the_model_does_not_have_are_named() {
-    let directory = tempfile::tempdir().expect("a directory");
-    let path = mixture(directory.path());
-    let options = StreamOptions {
-        // What every token uses, the head among it, and a part of the experts.
-        memory: Some("75%".to_owned()),
-        ..StreamOptions::default()
-    };
-    crate::host::context::start_backend();
-    let streamed = Streamed::open(&path, &options).expect("a model");
-    assert_eq!(streamed.row_tables(), ["token_embd.weight"]);
-
+    // SAFETY: no preconditions.
+    unsafe { llama::llama_backend_init() };
+    let streamed = Streamed::open(&mixture());
     let rows = Asked::new(streamed.device(), Op::Rows, 2);
-    let values = rows.compute(&[0, VOCAB as i32 - 1]).expect("rows");
+    let last = VOCAB as i32 - 1;
+    let values = rows.compute(&[0, last]).expect("rows");
     assert!(values.iter().all(|value| value.is_finite()) && values.iter().any(|v| *v != 0.0));
     for (id, said) in [
         (VOCAB as i32, "row 70000 of a table of 70000 rows"),
         (-1, "row -1"),
     ] {
-        let error = rows.compute(&[0, id]).expect_err("no such row");
-        assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
-        assert!(error.to_string().contains(said), "{error}");
+        let (status, text) = rows.compute(&[0, id]).expect_err("no such row");
+        assert_eq!(status, FLEA_E_INVALID, "{text}");
+        assert!(text.contains(said), "{text}");
     }
-    let swapped = rows.compute(&[VOCAB as i32 - 1, 0]).expect("rows");
+    let swapped = rows.compute(&[last, 0]).expect("rows");
     assert_eq!(swapped[..EMBD as usize], values[EMBD as usize..]);
 
     let experts = Asked::new(streamed.device(), Op::Experts, 2);
     experts.compute(&[0, EXPERTS as i32 - 1]).expect("experts");
     for id in [EXPERTS as i32, -1, i32::MAX] {
-        let error = experts.compute(&[0, id]).expect_err("no such expert");
-        assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+        let (status, text) = experts.compute(&[0, id]).expect_err("no such expert");
+        assert_eq!(status, FLEA_E_INVALID, "{text}");
         let said = format!("chose expert {id}, and 'blk.0.ffn_up_exps.weight' has 8");
-        assert!(error.to_string().contains(&said), "{error}");
+        assert!(text.contains(&said), "{text}");
     }
     experts.compute(&[1, 2]).expect("experts");
-    let stats = streamed.handle().stats().expect("counters");
+    let stats = streamed.stats();
     assert!(stats.expert_misses >= 4 && stats.rows == 4, "{stats:?}");
 }
