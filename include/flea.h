@@ -118,6 +118,10 @@
 // memory that flea_acquire_ranges asked for.
 #define FLEA_TENSOR_EXPERTS 2
 
+// tensor flags: a table of embeddings whose rows flea_read_rows copies out, so that the host need not keep it. Not through a
+// daemon, and not for tables of less than 16 MiB.
+#define FLEA_TENSOR_ROWS 4
+
 // type: 4-byte floats.
 #define FLEA_KV_F32 0
 
@@ -206,6 +210,8 @@ typedef struct flea_info {
   const char *architecture;
   // All slots for experts that are fetched one by one, in bytes; 0 where layers come with all they have (plan).
   uint64_t expert_cache_bytes;
+  // What flea_read_rows holds in memory, in bytes: a part of host_bytes.
+  uint64_t rows_bytes;
 } flea_info;
 
 // One tensor of a model.
@@ -232,7 +238,8 @@ typedef struct flea_tensor {
   uint64_t file_offset;
   // Which file, counted from 0.
   uint32_t shard;
-  // Its constant address; NULL when `layer` is -1. Readable only while its layer is acquired.
+  // Its constant address; NULL when `layer` is -1 and it has no FLEA_TENSOR_ROWS. Readable only while its layer is
+  // acquired, and never where `layer` is -1.
   const void *data;
   // Its name. Lives as long as the model.
   const char *name;
@@ -262,7 +269,7 @@ typedef struct flea_stats_data {
   uint64_t releases;
   // Transient runs read to the end.
   uint64_t loads;
-  // Bytes asked of the kernel, resident and transient.
+  // Bytes asked of the kernel: resident, transient, experts and rows.
   uint64_t bytes_read;
   // Requests completed.
   uint64_t reads;
@@ -290,6 +297,16 @@ typedef struct flea_stats_data {
   uint64_t expert_misses;
   // Bytes read for them.
   uint64_t expert_bytes_read;
+  // Rows that flea_read_rows copied out.
+  uint64_t rows;
+  // Reads they took.
+  uint64_t row_reads;
+  // Bytes of those.
+  uint64_t row_bytes_read;
+  // Pages that rows lay in, counted for each row.
+  uint64_t row_page_uses;
+  // Of those: found in the cache.
+  uint64_t row_page_hits;
 } flea_stats_data;
 
 // A KV codec for vectors of one length. Opaque; it never changes, so any number of threads may use it at a time.
@@ -390,6 +407,24 @@ int32_t flea_acquire_ranges(struct flea_model *model,
 //
 // Threads: any, also another than the acquire's. Returns FLEA_OK or INVALID (they are not acquired).
 int32_t flea_release_ranges(struct flea_model *model, const struct flea_range *ranges, size_t count);
+
+// Copies rows of a table of embeddings, those of the tokens that are about to be computed. They are read from the file row
+// by row, many reads at once, unless the table's small cache has them.
+//
+// `table`: flea_tensor.data of a tensor with FLEA_TENSOR_ROWS.
+// `rows`: `count` row numbers, in any order and more than once; not kept.
+// `out`: receives them one behind the other: `count` times flea_tensor.bytes over the second of its `shape`.
+// The first call for a table takes the memory for its reads. Where flea derives the budget from `memory` that must be before
+// the first acquire or hint of a model opened with FLEA_OPEN_DEFER_PLAN; it may be a call with `count` 0, and REFUSED says
+// that it came too late.
+// Threads: any; calls for one table wait for each other. Returns FLEA_OK or: INVALID (no such table, or a row that it does
+// not have), REFUSED, NOMEM, IO, TRUNCATED, CHANGED, TIMEOUT, UNSUPPORTED (through a daemon). `out` means nothing then.
+int32_t flea_read_rows(struct flea_model *model,
+                       const void *table,
+                       const int32_t *rows,
+                       size_t count,
+                       void *out,
+                       size_t out_bytes);
 
 // Says which layers will be acquired next, in order. flea learns the order of a pass by itself; a hint overrides it
 // once. A wrong hint costs time, never a wrong byte.

@@ -54,9 +54,25 @@ fn ranges_of(model: &Model, layer: u32, expert: u32) -> Vec<(usize, usize)> {
         .collect()
 }
 
-#[allow(unsafe_code)]
+/// [`mixture`] in files of 2 MiB.
+fn split_mixture(directory: &Path) -> PathBuf {
+    let arguments = "synth --arch qwen3moe --layers 6 --embd 256 --ffn 512 --heads 4 --kv-heads 2 --vocab 800 --type q4_k_m \
+                     --seed 7 --experts 16 --experts-used 4 --split-bytes 2MiB --json -o";
+    let mut command = common::flea();
+    command
+        .args(arguments.split_whitespace())
+        .arg(directory.join("m.gguf"));
+    let report = common::json(&mut command);
+    PathBuf::from(report["files"][0].as_str().expect("a file"))
+}
+
 fn check_bytes(model: &Model, file: &std::fs::File, range: (usize, usize)) {
-    let base = model.address(0, 0) as usize;
+    check_bytes_from(model.address(0, 0) as usize, file, range);
+}
+
+/// `base`: where the window of the file begins.
+#[allow(unsafe_code)]
+fn check_bytes_from(base: usize, file: &std::fs::File, range: (usize, usize)) {
     let mut expected = vec![0u8; range.1];
     file.read_exact_at(&mut expected, (range.0 - base) as u64)
         .expect("read");
@@ -246,5 +262,111 @@ fn without_a_cache_ranges_are_leases_of_layers() {
         let stats = model.stats();
         assert!(stats.loads > 0 && stats.acquires == stats.releases);
         assert_eq!(stats.experts.calls, 0);
+    }
+}
+
+/// The stacks of one layer in different files: each expert comes from its own.
+#[test]
+fn stacks_in_several_shards_are_read_from_their_own() {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    let first = split_mixture(directory.path());
+    let model = open(&first, smallest(&first), ReaderKind::Auto);
+    let catalog = model.catalog();
+    assert!(catalog.shards.len() > 3, "{} shards", catalog.shards.len());
+    let shards_of = |layer: &flea::model::Layer| {
+        let stacks = layer.uses.iter().filter(|part| {
+            let tensor = &catalog.tensors[part.tensor_index as usize];
+            tensor.experts.is_some()
+        });
+        let mut shards: Vec<u32> = stacks.map(|part| part.extent.shard_index).collect();
+        shards.dedup();
+        shards.len()
+    };
+    assert!(
+        catalog.layers.iter().any(|layer| shards_of(layer) > 1),
+        "no layer is spread"
+    );
+    for layer in 0..6 {
+        for expert in 0..16 {
+            let ranges = ranges_of(&model, layer, expert);
+            model.acquire_ranges(&ranges, None).expect("acquire");
+            for shard in 0..catalog.shards.len() as u32 {
+                let base = model.address(shard, 0) as usize;
+                let end = base + catalog.shards[shard as usize].len_bytes as usize;
+                let file = std::fs::File::open(&catalog.shards[shard as usize].path).expect("open");
+                let here = ranges.iter().filter(|range| (base..end).contains(&range.0));
+                for range in here {
+                    check_bytes_from(base, &file, *range);
+                }
+            }
+            model.release_ranges(&ranges).expect("release");
+        }
+    }
+    assert!(model.stats().experts.misses > 0);
+}
+
+/// A stack that goes on where its file ends, as if the rest lay in the next one: a tensor lies in one file.
+#[test]
+fn a_stack_cut_by_the_end_of_its_shard_is_named() {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    let first = split_mixture(directory.path());
+    let (catalog, files) = flea::engine::read_catalog(&first).expect("a model");
+    let last = |tensor: &&flea::model::Tensor| {
+        let shard = tensor.extent.shard_index as usize;
+        tensor.experts.is_some() && tensor.extent.end_bytes() + 64 > files[shard].len_bytes()
+    };
+    let stack = catalog
+        .tensors
+        .iter()
+        .find(last)
+        .expect("a stack at the end of a shard");
+    let path = &catalog.shards[stack.extent.shard_index as usize].path;
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(path)
+        .expect("open");
+    file.set_len(stack.extent.end_bytes() - 4096).expect("cut");
+    let error = flea::engine::read_catalog(&first).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Truncated, "{error}");
+    let said = error.to_string();
+    let name = path.file_name().expect("a name").to_string_lossy();
+    assert!(
+        said.contains(&stack.name) && said.contains(&*name),
+        "{said}"
+    );
+    assert!(said.contains("reaches beyond the file's"), "{said}");
+}
+
+/// What is refused names a total that works, and no way out that does not: where whole layers need less than experts one by
+/// one, they are what is planned.
+#[test]
+fn a_refused_budget_names_the_smallest_total_that_works() {
+    let small_head = mixture();
+    // What every token uses, a large head, is more than a ring of whole layers.
+    let arguments = "--arch mixtral --layers 6 --embd 256 --ffn 256 --heads 4 --kv-heads 2 --vocab 20000 --type q8_0 \
+                     --seed 7 --experts 4 --experts-used 3";
+    let arguments: Vec<&str> = arguments.split_whitespace().collect();
+    let large_head = common::synth("large-head", &arguments);
+    for (model, by_experts) in [(&small_head, true), (&large_head, false)] {
+        let plan = |memory: &str, extra: &[&str]| {
+            let mut command = common::flea();
+            command.arg("plan").arg(model).args(["--memory", memory]);
+            command
+                .args(["--host-bytes", "64MiB", "--json"])
+                .args(extra);
+            command
+        };
+        let roomy = common::json(&mut plan("1GiB", &[]));
+        let total = common::number(&roomy, "smallest_total_bytes") as u64;
+        let works = common::json(&mut plan(&total.to_string(), &[]));
+        assert_eq!(works["experts"].is_object(), by_experts, "{works}");
+        let refused = common::output(&mut plan(&(total - 1).to_string(), &[]));
+        assert_eq!(refused.status.code(), Some(4));
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(said.contains(&format!("{total} bytes")), "{said}");
+        // Whole layers would not fit either, or they were tried already.
+        assert!(!said.contains("--whole-experts"), "{said}");
+        let whole = common::output(&mut plan(&(total - 1).to_string(), &["--whole-experts"]));
+        assert_eq!(whole.status.code(), Some(4), "{total} is not the smallest");
     }
 }

@@ -277,6 +277,50 @@ fn every_way_to_load_and_to_read_gives_the_same() {
     assert_streamed(&stats, "pread");
 }
 
+/// llama.cpp keeps embeddings to itself; told to put them on the device (-ot), it need not have them in memory either.
+#[test]
+fn embeddings_on_the_device_are_read_by_rows() {
+    let Some(stock) = Stock::find() else { return };
+    for (arch, dtype, vocab, tables) in [
+        ("llama", "f16", "40000", 1.0),
+        ("gemma3n", "q8_0", "70000", 2.0),
+    ] {
+        let mut arguments = vec!["--arch", arch, "--type", dtype, "--vocab", vocab];
+        arguments.extend([
+            "--layers", "4", "--embd", "256", "--ffn", "512", "--seed", "7",
+        ]);
+        arguments.extend(["--heads", "4", "--kv-heads", "2"]);
+        let model = synth(&format!("rows-{arch}-{dtype}"), &arguments);
+        let reference = stock.reference(&model, &[]);
+        let (logits, kept) = stock.streamed(&model, "20%", &[]);
+        assert!(logits == reference, "{arch}: the logits differ; {kept}");
+        assert_eq!(number(&kept, "rows"), 0.0, "{kept}");
+        // Both names; two contexts on threads of their own share the row readers.
+        for contexts in ["1", "2"] {
+            let arguments = ["--on-device", "token_embd", "--contexts", contexts];
+            let (logits, stats) = stock.streamed(&model, "20%", &arguments);
+            assert!(logits == reference, "{arch}: the logits differ; {stats}");
+            assert_streamed(&stats, arch);
+            // 70 tokens of the prompt and 7 that were chosen.
+            let wanted = 77.0 * tables * contexts.parse::<f64>().expect("a number");
+            assert_eq!(number(&stats, "rows"), wanted, "{stats}");
+            assert!(
+                number(&stats, "row_bytes_read") > 0.0 && number(&stats, "rows_bytes") > 0.0,
+                "{stats}"
+            );
+        }
+        let table = flea::engine::read_catalog(&model).expect("a catalog").0;
+        let kept_bytes = number(&kept, "host_bytes");
+        let (_, stats) = stock.streamed(&model, "20%", &["--on-device", "token_embd"]);
+        let less = kept_bytes - number(&stats, "host_bytes");
+        assert!(
+            less > 0.7 * table.host_tensor_bytes as f64,
+            "{arch}: the host holds {less} less of {}",
+            table.host_tensor_bytes
+        );
+    }
+}
+
 #[test]
 fn many_contexts_share_three_slots() {
     let Some(stock) = Stock::find() else { return };

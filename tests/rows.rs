@@ -6,10 +6,16 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::{flea, json, number, output, skip, synth};
+use flea::ErrorKind;
+use flea::engine::{BudgetSpec, Model, OpenOptions};
+use flea::io::{ReaderKind, ReaderOptions};
+use flea::model::Tensor;
+use flea::plan::budget::HOST_RESERVE_BYTES;
 use serde_json::Value;
 
 #[test]
@@ -240,4 +246,135 @@ fn stock_llama_cpp_routes_as_the_skew_says() {
     assert!(even < 0.25, "{even}");
     assert!((0.35..0.55).contains(&half), "{half}");
     assert!((0.72..0.85).contains(&hot), "{hot}");
+}
+
+/// A table of 16 MiB and more, and one that is shorter.
+fn with_table(vocab: &str) -> PathBuf {
+    let arguments = [
+        "--arch", "llama", "--type", "f16", "--layers", "2", "--embd", "256", "--ffn", "256",
+        "--heads", "4", "--vocab", vocab, "--seed", "5",
+    ];
+    synth("table", &arguments)
+}
+
+fn opened(path: &Path, budget: BudgetSpec, kind: ReaderKind, defer_plan: bool) -> Model {
+    let options = OpenOptions {
+        budget,
+        defer_plan,
+        reader: ReaderOptions {
+            kind,
+            ..ReaderOptions::default()
+        },
+        ..OpenOptions::default()
+    };
+    Model::open(path, options).expect("a model")
+}
+
+fn table(model: &Model) -> (usize, &Tensor) {
+    let (index, tensor) = model
+        .catalog()
+        .tensor("token_embd.weight")
+        .expect("a table");
+    let extent = tensor.extent;
+    assert_eq!(model.row_bytes(index), tensor.row_bytes());
+    (
+        model.address(extent.shard_index, extent.offset_bytes) as usize,
+        tensor,
+    )
+}
+
+#[test]
+fn rows_of_a_model_are_the_files_bytes() {
+    let path = with_table("40000");
+    let file = std::fs::File::open(&path).expect("open");
+    for kind in [ReaderKind::IoUring, ReaderKind::Pread] {
+        let model = opened(&path, BudgetSpec::Pool(64 << 20), kind, false);
+        let (address, tensor) = table(&model);
+        let row_bytes = tensor.row_bytes().expect("whole blocks") as usize;
+        let check = |ids: &[u32]| {
+            let mut out = vec![0xee; ids.len() * row_bytes];
+            model.read_rows(address, ids, &mut out).expect("rows");
+            for (id, row) in ids.iter().zip(out.chunks(row_bytes)) {
+                let mut expected = vec![0; row_bytes];
+                let offset = tensor.extent.offset_bytes + u64::from(*id) * row_bytes as u64;
+                file.read_exact_at(&mut expected, offset).expect("read");
+                assert!(row == expected, "row {id}");
+            }
+        };
+        check(&[0, 39_999, 7, 7, 12_345]);
+        // Also from threads that come and go: a call is whole in the thread that makes it.
+        std::thread::scope(|scope| {
+            for thread in 0..4_u32 {
+                let check = &check;
+                scope.spawn(move || {
+                    for step in 0..40 {
+                        let ids: Vec<u32> = (0..60)
+                            .map(|i| (thread * 977 + step * 61 + i * 613) % 40_000)
+                            .collect();
+                        check(&ids);
+                    }
+                });
+            }
+        });
+        check(&[1, 2, 3]);
+        let stats = model.stats();
+        assert_eq!(stats.rows.rows, 5 + 4 * 40 * 60 + 3);
+        assert!(stats.rows.reads > 0 && stats.rows.bytes >= 4096 * stats.rows.reads);
+        assert!(stats.bytes_read >= stats.rows.bytes && model.rows_bytes() > 0);
+    }
+}
+
+#[test]
+fn rows_asked_for_wrongly_are_errors() {
+    let path = with_table("40000");
+    let model = opened(&path, BudgetSpec::Pool(64 << 20), ReaderKind::Auto, false);
+    let (address, tensor) = table(&model);
+    let row_bytes = tensor.row_bytes().expect("whole blocks") as usize;
+    let mut out = vec![0; row_bytes];
+    for (what, at, ids, len) in [
+        ("past the end", address, [40_000], row_bytes),
+        ("far past the end", address, [u32::MAX], row_bytes),
+        ("not the table", address + 64, [0], row_bytes),
+        ("nowhere", 4096, [0], row_bytes),
+        ("too little room", address, [0], row_bytes - 1),
+    ] {
+        let error = model.read_rows(at, &ids, &mut out[..len]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{what}: {error}");
+    }
+    model
+        .read_rows(address, &[39_999], &mut out)
+        .expect("the reader works on");
+
+    // A budget for the whole process counts the row reader: it has to be there before the plan.
+    let budget = BudgetSpec::Memory("400%".parse().expect("a size"));
+    let late = opened(&path, budget, ReaderKind::Auto, false);
+    let (address, _) = table(&late);
+    let error = late.read_rows(address, &[0], &mut out).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+    assert!(
+        error.to_string().contains("before the first acquire"),
+        "{error}"
+    );
+    let early = opened(&path, budget, ReaderKind::Auto, true);
+    let (address, _) = table(&early);
+    early
+        .read_rows(address, &[], &mut [])
+        .expect("the memory for it");
+    early.acquire(0, None, None).expect("the plan");
+    early.release(0).expect("release");
+    early.read_rows(address, &[0], &mut out).expect("a row");
+    let counted = early.budget().expect("a plan").host_bytes;
+    assert!(early.rows_bytes() > 0 && counted >= HOST_RESERVE_BYTES + early.rows_bytes());
+
+    let short = opened(
+        &with_table("2000"),
+        BudgetSpec::Pool(64 << 20),
+        ReaderKind::Auto,
+        false,
+    );
+    let (index, _) = short
+        .catalog()
+        .tensor("token_embd.weight")
+        .expect("a table");
+    assert_eq!(short.row_bytes(index), None, "the host keeps it");
 }

@@ -3,8 +3,11 @@
 mod common;
 #[path = "common/daemon.rs"]
 mod daemon;
+#[path = "common/generate.rs"]
+mod generate;
 
 use common::{flea, json, number, synth};
+use generate::{after, assert_same, prompts, smallest_percent};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -53,19 +56,6 @@ fn run(model: &Path, arguments: &[&str]) -> Command {
     command
 }
 
-/// The smallest weight budget that plans, as a percentage of the model for --memory.
-fn smallest_percent(model: &Path, extra: &[&str]) -> String {
-    let plan = json(
-        flea()
-            .arg("plan")
-            .arg(model)
-            .args(["--memory", "400%", "--json"])
-            .args(extra),
-    );
-    let percent = number(&plan, "smallest_budget_bytes") / number(&plan, "model_bytes") * 100.0;
-    format!("{:.3}%", percent + 0.001)
-}
-
 /// What must hold for every run that streamed.
 fn assert_streamed(result: &Value) {
     let (resident, model) = (
@@ -80,19 +70,6 @@ fn assert_streamed(result: &Value) {
     assert!(
         number(result, "bytes_read") > number(result, "streamed_bytes_per_pass"),
         "{result}"
-    );
-}
-
-fn assert_same(reference: &Value, streamed: &Value, what: &str) {
-    assert_eq!(
-        reference["logits_hash"], streamed["logits_hash"],
-        "{what}: logits differ"
-    );
-    assert_eq!(reference["token_ids"], streamed["token_ids"], "{what}");
-    assert_eq!(
-        streamed["token_ids"].as_array().map(Vec::len),
-        Some(12),
-        "{what}"
     );
 }
 
@@ -234,20 +211,8 @@ fn check_experts(arch: &str, dtype: &str) {
     arguments.extend(["--experts", "16", "--experts-used", "4", "--type", dtype]);
     let model = synth(&format!("experts-{arch}-{dtype}"), &arguments);
     let least = smallest_percent(&model, &[]);
-    let ids: Vec<String> = (0..600u32)
-        .map(|index| (260 + index * 7 % 500).to_string())
-        .collect();
-    for prompt in ["300", &ids.join(",")] {
-        let command = |extra: &[&str]| {
-            let mut command = flea();
-            command
-                .arg("run")
-                .arg(&model)
-                .args(["--prompt-tokens", prompt, "-n", "12"]);
-            command.args(["--ignore-eos", "--json", "--threads", "2", "--ctx", "1024"]);
-            command.args(extra);
-            command
-        };
+    for prompt in prompts() {
+        let command = |extra: &[&str]| after(&model, &prompt, extra);
         let reference = json(&mut command(&["--no-stream"]));
         for (memory, reader) in [
             (least.as_str(), "io_uring"),
@@ -316,6 +281,29 @@ fn experts_one_by_one_are_bit_identical_in_mixtral() {
 #[test]
 fn experts_one_by_one_are_bit_identical_in_qwen3moe() {
     check_experts("qwen3moe", "q4_k_m");
+}
+
+/// MXFP4 experts with biases, attention sinks, every other layer with a sliding window.
+#[test]
+fn experts_one_by_one_are_bit_identical_in_gpt_oss() {
+    check_experts("gpt-oss", "mxfp4");
+}
+
+/// A second table of embeddings, with a row for each token and layer; its layers are streamed as any others.
+#[test]
+fn gemma3n_is_bit_identical() {
+    let model = tiny("gemma3n", "q8_0");
+    let least = smallest_percent(&model, &[]);
+    for prompt in prompts() {
+        let reference = json(&mut after(&model, &prompt, &["--no-stream"]));
+        for (memory, reader) in [(least.as_str(), "io_uring"), ("50%", "pread")] {
+            let arguments = ["--memory", memory, "--reader", reader];
+            let result = json(&mut after(&model, &prompt, &arguments));
+            let what = format!("gemma3n {memory} {reader}, prompt of {}", prompt.len());
+            assert_same(&reference, &result, &what);
+            assert_streamed(&result);
+        }
+    }
 }
 
 #[test]

@@ -29,9 +29,10 @@ class RangeLeases {
 
     // Leases every weight of a node. Stops at the first that cannot be had within timeout_ns.
     int32_t take_node(const ggml_tensor * node, int64_t timeout_ns) {
+        if (!is_computed(node)) { return FLEA_OK; }
         for (int i = 0; i < GGML_MAX_SRC; ++i) {
             const Weight * weight = node->src[i] ? weight_of(node->src[i]) : nullptr;
-            if (!weight || std::find(held_.begin(), held_.end(), weight) != held_.end()) { continue; }
+            if (!weight || weight->layer < 0 || std::find(held_.begin(), held_.end(), weight) != held_.end()) { continue; }
             const int32_t status = flea_acquire(model_->handle, layer_, weight->data, weight->bytes, timeout_ns);
             if (status != FLEA_OK) { return status; }
             held_.push_back(weight);

@@ -192,6 +192,14 @@ void get_weight(const Weight * weight, const ggml_tensor * tensor, char * data, 
         }
         return;
     }
+    if (weight->layer < 0) {
+        const int32_t status = read_table(weight, view_offset + offset, view_offset + offset + size, data);
+        if (status != FLEA_OK) {
+            fail_flea(status, std::string("reading tensor '") + tensor->name + "'");
+            memset(data, 0, size);  // as below
+        }
+        return;
+    }
     const uint64_t row_bytes = weight->is_cut() ? ggml_row_size(tensor->type, (tensor->view_src ? tensor->view_src : tensor)->ne[0]) : 0;
     for (int32_t layer = weight->layer; layer <= weight->layer_last; ++layer) {
         const uint64_t piece_bytes = weight->is_cut() ? weight->rows_per_layer * row_bytes : weight->bytes;

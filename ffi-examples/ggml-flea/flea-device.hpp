@@ -9,11 +9,12 @@
 //   flea-arriving.cpp  the same for a layer that is still being read: compute with the part that is there
 //   flea-experts.cpp   experts that are fetched one by one: cut where a router has chosen
 //   flea-kv.cpp      keys and values that are moved out of memory
+//   flea-rows.cpp      embeddings that are read row by row: cut where tokens are looked up
 //   flea-stats.cpp   counters, FLEA_STATS
 //   flea-env.cpp     FLEA_* variables, log lines
 //
 // Invariant that everything rests on: a weight's bytes are touched only between flea_acquire and flea_release of its
-// layer; a lease never outlives the graph_compute (or get_tensor) that took it.
+// layer, and those of a table of embeddings never: its rows are copied out; a lease never outlives the graph_compute (or get_tensor) that took it.
 #pragma once
 
 #include <atomic>
@@ -80,15 +81,19 @@ struct Model;
 // One streamed tensor, as the catalog describes it. Lives as long as its Model.
 struct Weight {
     Model * model = nullptr;
-    int32_t layer = -1;
+    int32_t layer = -1;    // -1: no layer has it, only its rows are looked up
     int32_t layer_last = -1;
     uint64_t rows_per_layer = 0;
     uint64_t bytes = 0;
     void * data = nullptr;
     uint32_t experts = 0;  // so many, acquired one by one; 0: comes with its layer
+    uint64_t row_bytes = 0;  // of a table whose rows are read as they are looked up; 0: none
     mutable std::atomic<bool> placed { false };  // some tensor of the host stands here
+    mutable std::atomic<bool> reads_rows { false };  // flea holds the memory for it
 
     bool is_cut() const { return layer_last > layer; }
+    // True for an operand of an operation that the device can compute.
+    bool serves(const ggml_tensor * op, int src_index) const;
 };
 
 struct Model {
@@ -144,8 +149,9 @@ enum class Match {
     refused,   // it is unclear which file it is in, or that file cannot be streamed; the reason has been logged
 };
 
-// Says of a tensor that has no memory yet where it would be. Any thread.
-Match try_weight(const ggml_tensor * tensor, bool * is_cut);
+// Says of a tensor that has no memory yet where it would be, and whether the device could then compute `op` with it. Any
+// thread.
+Match try_weight(const ggml_tensor * tensor, const ggml_tensor * op, int src_index, bool * serves);
 // Finds a tensor by name, type and size, to place it now. On `streamed` *weight is set. Any thread.
 Match find_weight(const ggml_tensor * tensor, const Weight ** weight);
 
@@ -180,7 +186,7 @@ struct Step {
     Model * model = nullptr;       // NULL: touches no streamed weight
     int32_t layer = -1;
     int32_t layer_last = -1;       // > layer: see kind
-    enum Kind { plain, cut, together } kind = plain;
+    enum Kind { plain, cut, together, rows } kind = plain;  // rows: layer is -1
     int32_t kv = -1;               // the layer whose keys and values it touches; -1: none that are streamed
 };
 
@@ -200,6 +206,9 @@ struct Stream {
 
 ggml_status graph_compute(Stream & stream, ggml_cgraph * graph);
 bool wants_abort(const Stream * stream);
+// False for the branches of a graph that llama.cpp builds and does not choose: their inputs hold anything, and the CPU backend
+// passes them over.
+bool is_computed(const ggml_tensor * node);
 // True for two nodes that the CPU backend computes as one, if they are in one graph.
 bool is_fused_pair(const ggml_tensor * first, const ggml_tensor * second);
 
@@ -280,6 +289,17 @@ ggml_status compute_routed(Stream & stream, ggml_cgraph * graph, const Step & st
 // Copies bytes [from, to) of a weight whose experts are fetched one by one.
 int32_t read_experts(const Weight * weight, uint64_t from, uint64_t to, char * data);
 
+// ---- flea-rows.cpp
+
+// The table that a node looks rows up in, if flea reads them; else NULL.
+const Weight * table_of(const ggml_tensor * node);
+// Takes the memory for the tables that a graph looks up in. Before the plan is made, which counts it.
+int32_t prepare_rows(ggml_cgraph * graph, const std::vector<Step> & steps);
+// Computes such a node.
+ggml_status compute_rows(Stream & stream, ggml_cgraph * graph, const Step & step, int32_t * status);
+// Copies bytes [from, to) of such a table.
+int32_t read_table(const Weight * weight, uint64_t from, uint64_t to, char * data);
+
 // ---- ggml-flea.cpp
 
 ggml_backend_dev_t device();
@@ -296,6 +316,7 @@ struct Counters {
     std::atomic<uint64_t> early_pieces { 0 };  // computed before their layer was whole
     std::atomic<uint64_t> expert_cuts { 0 };   // graphs cut to see what a router chose
     std::atomic<uint64_t> expert_groups { 0 };  // parts of operations whose experts did not fit into the cache together
+    std::atomic<uint64_t> row_cuts { 0 };  // graphs cut to see which rows are looked up
     std::atomic<uint64_t> peak_memory_bytes { 0 };
 };
 

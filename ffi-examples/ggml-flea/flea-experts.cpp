@@ -25,7 +25,7 @@ constexpr std::chrono::seconds busy_limit { 120 };
 constexpr size_t scratch_bytes_max = 16u << 20;
 
 const Weight * routed_weight(const ggml_tensor * node) {
-    if (node->op != GGML_OP_MUL_MAT_ID) { return nullptr; }
+    if (node->op != GGML_OP_MUL_MAT_ID || !is_computed(node)) { return nullptr; }
     const Weight * weight = weight_of(node->src[0]);
     return weight && weight->experts ? weight : nullptr;
 }

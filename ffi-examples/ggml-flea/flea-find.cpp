@@ -256,16 +256,16 @@ Match look_up(const Model & model, const ggml_tensor * tensor, const Weight ** w
 
 }  // namespace
 
-Match try_weight(const ggml_tensor * tensor, bool * is_cut) {
+Match try_weight(const ggml_tensor * tensor, const ggml_tensor * op, int src_index, bool * serves) {
     Finder & f = finder();
     std::lock_guard<std::mutex> guard(f.mutex);
     const Choice choice = choose(f, tensor, Purpose::trying);
     Match match = choice.match;
-    *is_cut = false;
+    *serves = true;
     for (const Model * model : choice.models) {
         const Weight * weight = nullptr;
         match = look_up(*model, tensor, &weight);
-        *is_cut = *is_cut || (weight && weight->is_cut());
+        *serves = *serves && (!weight || weight->serves(op, src_index));
         if (match != Match::streamed) { break; }
     }
     return match;

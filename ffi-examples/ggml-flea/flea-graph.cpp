@@ -18,6 +18,8 @@ bool wants_abort(const Stream * stream) {
     return stream && stream->abort_callback && stream->abort_callback(stream->abort_data);
 }
 
+bool is_computed(const ggml_tensor * node) { return (node->flags & GGML_TENSOR_FLAG_COMPUTE) != 0; }
+
 // rms_norm and the mul after it are one operation for the CPU backend as long as they are in one graph.
 bool is_fused_pair(const ggml_tensor * first, const ggml_tensor * second) {
     return first->op == GGML_OP_RMS_NORM && second->op == GGML_OP_MUL && (second->src[0] == first || second->src[1] == first);
@@ -47,10 +49,12 @@ struct Use {
 // needs more than one layer gets all of them together.
 Use use_of(const ggml_tensor * node) {
     Use use;
+    if (!is_computed(node)) { return use; }
+    if (const Weight * table = table_of(node)) { return { table->model, -1, -1, Step::rows }; }
     for (int i = 0; i < GGML_MAX_SRC; ++i) {
         const ggml_tensor * src = node->src[i];
         const Weight * weight = src ? weight_of(src) : nullptr;
-        if (!weight) { continue; }
+        if (!weight || weight->layer < 0) { continue; }
         if (!use.model) {
             use = { weight->model, weight->layer, weight->layer_last, weight->is_cut() ? Step::together : Step::plain };
             if (weight->is_cut() && i == 0 && can_cut_rows(node, weight)) { use.kind = Step::cut; }
@@ -119,7 +123,7 @@ void tell_order(Stream & stream) {
     Model * model = nullptr;
     stream.order.clear();
     for (const Step & step : stream.steps) {
-        if (!step.model) { continue; }
+        if (!step.model || step.kind == Step::rows) { continue; }
         model = step.model;
         for (int32_t layer = step.layer; layer <= step.layer_last; ++layer) {
             if (stream.order.empty() || stream.order.back() != (uint32_t) layer) { stream.order.push_back((uint32_t) layer); }
@@ -214,6 +218,8 @@ ggml_status compute_step(Stream & stream, ggml_cgraph * graph, const Step & step
         case Step::together:
             lease.release();
             return compute_together(stream, graph, step, status);
+        case Step::rows:
+            return compute_rows(stream, graph, step, status);
         case Step::plain:
             break;
     }
@@ -296,7 +302,7 @@ void report(Model & model, int32_t layer, int32_t status) {
         // No plan: the same words for every decode that the host tries again are said once.
         fail_flea(status, model.path, model.refused.exchange(true) ? LogLevel::debug : LogLevel::error);
     } else {
-        fail_flea(status, model.path + ": layer " + std::to_string(layer));
+        fail_flea(status, model.path + (layer < 0 ? ": rows of embeddings" : ": layer " + std::to_string(layer)));
     }
 }
 
@@ -316,10 +322,11 @@ bool with_kv_of(const Step & step, ggml_cgraph * graph, KvLease & kv, int32_t * 
 ggml_status graph_compute(Stream & stream, ggml_cgraph * graph) {
     counters.graphs++;
     cut_graph(graph, stream.steps);
+    int32_t status = prepare_rows(graph, stream.steps);
+    if (status != FLEA_OK) { return GGML_STATUS_FAILED; }
     tell_order(stream);
     Lease lease;
     KvLease kv;
-    int32_t status = FLEA_OK;
     for (const Step & step : stream.steps) {
         const bool has_kv = with_kv_of(step, graph, kv, &status);
         const ggml_status computed = has_kv ? compute_step(stream, graph, step, lease, &status) : GGML_STATUS_FAILED;

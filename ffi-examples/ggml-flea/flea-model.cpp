@@ -46,11 +46,15 @@ bool read_catalog(Model & model) {
     for (uint32_t i = 0; i < model.info.tensor_count; ++i) {
         flea_tensor tensor = {};
         tensor.struct_size = sizeof(tensor);
-        if (flea_model_tensor_at(model.handle, i, &tensor) != FLEA_OK || tensor.layer < 0) { continue; }
-        has_base_weights = has_base_weights || !is_adapter_name(tensor.name);
-        const uint64_t layers = (uint64_t) (tensor.layer_last - tensor.layer) + 1;
-        for (int32_t layer = tensor.layer; layer <= tensor.layer_last; ++layer) {
-            layer_bytes[(size_t) layer] += tensor.bytes / layers;
+        if (flea_model_tensor_at(model.handle, i, &tensor) != FLEA_OK) { continue; }
+        const bool has_rows = (tensor.flags & FLEA_TENSOR_ROWS) && tensor.shape[1] > 0;
+        if (tensor.layer < 0 && !has_rows) { continue; }
+        if (tensor.layer >= 0) {
+            has_base_weights = has_base_weights || !is_adapter_name(tensor.name);
+            const uint64_t layers = (uint64_t) (tensor.layer_last - tensor.layer) + 1;
+            for (int32_t layer = tensor.layer; layer <= tensor.layer_last; ++layer) {
+                layer_bytes[(size_t) layer] += tensor.bytes / layers;
+            }
         }
         auto weight = std::make_unique<Weight>();
         weight->model = &model;
@@ -59,12 +63,23 @@ bool read_catalog(Model & model) {
         weight->rows_per_layer = tensor.rows_per_layer;
         weight->bytes = tensor.bytes;
         weight->data = const_cast<void *>(tensor.data);
+        if (has_rows) { weight->row_bytes = tensor.bytes / tensor.shape[1]; }
         if (tensor.flags & FLEA_TENSOR_EXPERTS) { weight->experts = (uint32_t) tensor.shape[2]; }
         model.by_address.emplace(tensor.data, weight.get());
         model.weights.emplace(tensor.name, std::move(weight));
     }
     for (const uint64_t bytes : layer_bytes) { model.largest_layer_bytes = std::max(model.largest_layer_bytes, bytes); }
     return has_base_weights && std::string(model.info.architecture ? model.info.architecture : "") != "clip";
+}
+
+bool Weight::serves(const ggml_tensor * op, int src_index) const {
+    if (row_bytes && op->op == GGML_OP_GET_ROWS && src_index == 0) { return true; }
+    if (layer < 0) {
+        // A view of it is only a name for a place; whatever reads it gets a copy from the scheduler.
+        return op->op == GGML_OP_NONE || op->op == GGML_OP_VIEW || op->op == GGML_OP_RESHAPE || op->op == GGML_OP_PERMUTE ||
+               op->op == GGML_OP_TRANSPOSE;
+    }
+    return !is_cut() || (op->op == GGML_OP_MUL_MAT && src_index == 0);
 }
 
 bool holds(const Model & model, const ggml_tensor * tensor) {
@@ -90,7 +105,7 @@ bool is_weight_name(const char * name) {
 uint32_t placed_layers(const Model & model) {
     std::vector<bool> placed(model.info.layer_count, false);
     for (const auto & entry : model.weights) {
-        if (!entry.second->placed) { continue; }
+        if (!entry.second->placed || entry.second->layer < 0) { continue; }
         for (int32_t layer = entry.second->layer; layer <= entry.second->layer_last; ++layer) { placed[(size_t) layer] = true; }
     }
     return (uint32_t) std::count(placed.begin(), placed.end(), true);

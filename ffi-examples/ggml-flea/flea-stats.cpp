@@ -137,6 +137,11 @@ std::string json(const Snapshot & s) {
     object.number("expert_bytes_read", stats.expert_bytes_read);
     object.number("expert_cuts", counters.expert_cuts);
     object.number("expert_groups", counters.expert_groups);
+    object.number("rows_bytes", info.rows_bytes);
+    object.number("rows", stats.rows);
+    object.number("row_reads", stats.row_reads);
+    object.number("row_bytes_read", stats.row_bytes_read);
+    object.number("row_cuts", counters.row_cuts);
     const char * text = nullptr;
     const int32_t status = ggml_backend_flea_last_failure(&text);
     object.raw("error", status == FLEA_OK ? "null" : "{\"status\":" + quoted(flea_status_name(status)) + ",\"message\":" + quoted(text) + "}");

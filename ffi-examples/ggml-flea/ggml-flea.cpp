@@ -137,12 +137,12 @@ ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t) { return buffe
 ggml_backend_buffer_type_t device_host_buffer_type(ggml_backend_dev_t) { return host_buffer_type(); }
 
 // Before a model is loaded its tensors are tried out in empty buffers: there only the name says whether the device will have
-// the weight. What is not in the plan (embedding rows, globals, second models) has to stay with the host.
+// the weight. What is not in the plan (globals, short tables of embeddings, second models) has to stay with the host.
 bool supports_future_weight(const ggml_tensor * op, int src_index, const ggml_tensor * tensor) {
     if (!is_weight_name(tensor->name)) { return true; }  // KV cache of a dry run
-    bool is_cut = false;
-    switch (try_weight(tensor, &is_cut)) {
-        case Match::streamed: return !is_cut || (op->op == GGML_OP_MUL_MAT && src_index == 0);
+    bool serves = false;
+    switch (try_weight(tensor, op, src_index, &serves)) {
+        case Match::streamed: return serves;
         case Match::refused:  return true;  // init_tensor then makes the load fail, instead of the host taking it all
         case Match::kept:
         case Match::other:
@@ -158,7 +158,7 @@ bool supports_source(const ggml_tensor * op, int src_index) {
     if (root->buffer->buft != buffer_type()) { return ggml_backend_buffer_is_host(root->buffer); }
     if (root->buffer->size == 0) { return supports_future_weight(op, src_index, root); }
     const Weight * weight = weight_of(root);
-    return !weight || !weight->is_cut() || (op->op == GGML_OP_MUL_MAT && src_index == 0);
+    return !weight || weight->serves(op, src_index);
 }
 
 bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {

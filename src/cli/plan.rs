@@ -24,9 +24,11 @@ use crate::units::{HumanBytes, MemorySpec, PAGE_4K};
 
 mod experts;
 pub mod prediction;
+mod rows;
 
 use experts::ExpertReport;
 use prediction::{Basis, PredictionReport};
+use rows::RowsReport;
 
 /// Context that `flea run` takes unless told otherwise, or the model's if that is shorter.
 pub(super) const CONTEXT_DEFAULT_COUNT: u64 = 4096;
@@ -88,6 +90,10 @@ pub struct Args {
     /// Stream a layer with all its experts instead of fetching those that are chosen
     #[arg(long)]
     pub whole_experts: bool,
+
+    /// Keep token and per-layer embeddings whole in memory instead of reading the rows that are needed
+    #[arg(long)]
+    pub host_rows: bool,
 
     /// How unevenly experts are chosen, for the prediction: the exponent of a Zipf law, 0 = all alike
     #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = not_negative)]
@@ -171,6 +177,8 @@ pub(super) struct Report {
     pub(super) transient_layers_count: u32,
     /// The cache of experts; `null` where layers are streamed with all they have.
     pub(super) experts: Option<ExpertReport>,
+    /// Embeddings that are read row by row; `null` where the host keeps them.
+    pub(super) rows: Option<RowsReport>,
     /// The most the host will hold, once its context is full and a prompt has filled a ubatch.
     pub(super) peak_memory_bytes: u64,
     /// Where the prediction's figures come from.
@@ -244,6 +252,7 @@ impl Report {
             layers_count: u32::try_from(plan.layers.len()).unwrap_or(u32::MAX),
             transient_layers_count: plan.transient_layers_count(),
             experts: plan.experts.as_ref().map(ExpertReport::new),
+            rows: RowsReport::new(catalog, args.host_rows),
             peak_memory_bytes: peak_bytes(plan, budget.host_bytes),
             profile: String::new(),
             prediction: None,
@@ -296,6 +305,9 @@ impl Report {
             Some(experts) => table.field("  experts' cache", experts.text()),
             None => table.field("  ring", self.ring_text()),
         };
+        if let Some(rows) = &self.rows {
+            table.field("rows", rows.text());
+        }
         table.field(
             self.streamed_label(),
             match &self.experts {
@@ -384,7 +396,11 @@ pub(super) fn host_shape(args: &Args, catalog: &Catalog) -> HostShape {
     // llama.cpp rounds the cells of its cache up; no ubatch is larger than the context.
     let context_count = context_count.next_multiple_of(CONTEXT_STEP_COUNT);
     let ubatch_count = u64::from(args.ubatch).min(context_count);
-    HostShape::of_catalog(catalog, context_count, ubatch_count)
+    let mut shape = HostShape::of_catalog(catalog, context_count, ubatch_count);
+    if let Some(rows) = RowsReport::new(catalog, args.host_rows) {
+        shape.host_tensor_bytes = rows.kept_bytes(shape.host_tensor_bytes);
+    }
+    shape
 }
 
 fn layer_reports(catalog: &Catalog, plan: &Plan) -> Vec<LayerReport> {

@@ -187,6 +187,10 @@ struct StreamingArgs {
     /// Stream a layer with all its experts instead of fetching those that are chosen
     #[arg(long)]
     whole_experts: bool,
+
+    /// Keep token and per-layer embeddings whole in memory instead of reading the rows that are needed
+    #[arg(long)]
+    host_rows: bool,
 }
 
 /// Checks a memory size early; the engine takes the text.
@@ -360,6 +364,7 @@ fn session_options(args: &Args) -> Result<SessionOptions> {
             depth: streaming.depth.unwrap_or(0),
             whole_layers: streaming.whole_layers,
             whole_experts: streaming.whole_experts,
+            host_rows: streaming.host_rows,
             mirrors: streaming.mirror.clone(),
         }),
         context_tokens: args.ctx,

@@ -30,6 +30,7 @@ impl Model {
         if let Some(running) = self.running.get() {
             running.add_to(&mut stats);
         }
+        self.add_rows_to(&mut stats);
         stats
     }
 

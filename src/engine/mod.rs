@@ -3,7 +3,7 @@
 //! * [`open`]: path to catalog. * [`options`]: how to open it. * [`model`]: what a host holds. * `layout`: what there is to fetch.
 //! * `order`: what comes next. * [`trace`]: what happened when. * `latency`: how long loads took. * `reading`: how it is read.
 //! * `state`: who holds what. * `pick`: what to read next. * `experts`: which of them are cached.
-//! * [`ranges`]: leases of byte ranges. * [`board`]: leases of other processes. * `wait`: how a host sleeps for it.
+//! * [`ranges`]: leases of byte ranges. * [`rows`]: rows of embeddings, copied out. * [`board`]: leases of other processes. * `wait`: how a host sleeps for it.
 //! * `stream`: the one thread that moves bytes.
 
 pub mod board;
@@ -20,6 +20,7 @@ mod pick;
 mod placement;
 pub mod ranges;
 mod reading;
+pub mod rows;
 pub mod serve;
 pub mod share;
 mod state;
@@ -37,6 +38,9 @@ pub use model::Model;
 pub use open::read_catalog;
 pub use options::{BudgetSpec, OpenOptions};
 pub use ranges::RANGES_MAX;
-pub use stats::{BudgetReport, Fallback, FallbackKind, STALL_BOUNDS_NS, SlotCounts, Stats};
+pub use rows::ROWS_MAX;
+pub use stats::{
+    BudgetReport, Fallback, FallbackKind, RowStats, STALL_BOUNDS_NS, SlotCounts, Stats,
+};
 pub use stream::Shared;
 pub use trace::Trace;

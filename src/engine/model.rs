@@ -11,6 +11,7 @@ use super::open::read_catalog;
 use super::options::{BudgetSpec, OpenOptions};
 use super::placement;
 use super::reading::{profile_of, reader_options};
+use super::rows::Table;
 use super::state::{Need, State};
 use super::stats::{BudgetReport, Fallback};
 use super::stream::{self, Core, Started};
@@ -57,6 +58,7 @@ pub struct Model {
     pub(super) options: OpenOptions,
     pub(super) page_bytes: u64,
     pub(super) experts_allowed: bool,
+    pub(super) tables: Box<[Table]>,
     pub(super) trace: OnceLock<Arc<Trace>>,
 }
 
@@ -106,6 +108,7 @@ impl Model {
             && plan::experts::has_experts(&catalog);
         let model = Self {
             experts_allowed,
+            tables: Table::all(&catalog),
             running: OnceLock::new(),
             starting: Mutex::new(()),
             windows: Arc::new(Windows::reserve(&lens)?),
@@ -188,6 +191,12 @@ impl Model {
     pub fn layer_of(&self, address: usize) -> Option<u32> {
         let (shard_index, offset_bytes) = self.windows.locate(address)?;
         self.spans.layer_at(shard_index, offset_bytes)
+    }
+
+    /// True for an address in a window: where a host's loader must not write.
+    #[must_use]
+    pub fn in_window(&self, address: usize) -> bool {
+        self.windows.locate(address).is_some()
     }
 
     /// Waits until a layer (or only `range`, an address and a length in its window) is in memory, and keeps it there

@@ -97,6 +97,21 @@ pub struct SlotCounts {
     pub quarantined: u32,
 }
 
+/// What reading rows of embeddings has done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RowStats {
+    /// Rows copied out.
+    pub rows: u64,
+    /// Reads they took.
+    pub reads: u64,
+    /// Bytes of those: whole pages.
+    pub bytes: u64,
+    /// Pages that rows lay in, counted for each row.
+    pub page_uses: u64,
+    /// Of those: found in the cache.
+    pub page_hits: u64,
+}
+
 /// Counters of a model since it was opened. `_ns` are nanoseconds.
 #[derive(Debug, Clone, Default)]
 pub struct Stats {
@@ -116,7 +131,7 @@ pub struct Stats {
     pub releases: u64,
     /// Transient runs read to the end.
     pub loads: u64,
-    /// Bytes asked of the kernel, resident and transient.
+    /// Bytes asked of the kernel: resident, transient, experts and rows.
     pub bytes_read: u64,
     /// Requests completed.
     pub reads: u64,
@@ -136,6 +151,8 @@ pub struct Stats {
     pub load_latency: Latency,
     /// What the cache of experts has done; zeros without one.
     pub experts: ExpertCounts,
+    /// What reading rows of embeddings has done; zeros where the host keeps them.
+    pub rows: RowStats,
     /// Acquires that the learned order had not foreseen.
     pub mispredicts: u64,
     /// Bytes of resident pages in the plan.

@@ -6,7 +6,7 @@ use super::types::{
     flea_tensor,
 };
 use super::{LAST, guard, invalid};
-use crate::engine::RANGES_MAX;
+use crate::engine::{RANGES_MAX, ROWS_MAX};
 use crate::error::{Error, ErrorKind, Result};
 use std::ffi::{c_char, c_void};
 use std::time::Duration;
@@ -274,6 +274,54 @@ unsafe fn ranges_of(ranges: *const flea_range, count: usize) -> Result<Vec<(usiz
         Ok((range.addr as usize, len?))
     };
     ranges.iter().map(range).collect()
+}
+
+/// Copies rows of a table of embeddings, those of the tokens that are about to be computed. They are read from the file row
+/// by row, many reads at once, unless the table's small cache has them.
+///
+/// `table`: flea_tensor.data of a tensor with FLEA_TENSOR_ROWS.
+/// `rows`: `count` row numbers, in any order and more than once; not kept.
+/// `out`: receives them one behind the other: `count` times flea_tensor.bytes over the second of its `shape`.
+/// The first call for a table takes the memory for its reads. Where flea derives the budget from `memory` that must be before
+/// the first acquire or hint of a model opened with FLEA_OPEN_DEFER_PLAN; it may be a call with `count` 0, and REFUSED says
+/// that it came too late.
+/// Threads: any; calls for one table wait for each other. Returns FLEA_OK or: INVALID (no such table, or a row that it does
+/// not have), REFUSED, NOMEM, IO, TRUNCATED, CHANGED, TIMEOUT, UNSUPPORTED (through a daemon). `out` means nothing then.
+///
+/// # Safety
+/// `model` is open; `rows` has `count` elements and `out` has `out_bytes` bytes; both may be NULL when `count` is 0.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flea_read_rows(
+    model: *mut flea_model,
+    table: *const c_void,
+    rows: *const i32,
+    count: usize,
+    out: *mut c_void,
+    out_bytes: usize,
+) -> i32 {
+    guard(|| {
+        // SAFETY: by this function's contract.
+        let handle = unsafe { handle(model) }?;
+        if count == 0 {
+            handle.model.read_rows(table as usize, &[], &mut [])?;
+            return Ok(0);
+        }
+        if rows.is_null() || out.is_null() || count > ROWS_MAX {
+            return Err(invalid(format!(
+                "`rows` or `out` is NULL, or {count} rows; at most {ROWS_MAX} are possible"
+            )));
+        }
+        // SAFETY: not NULL, `count` elements by contract.
+        let rows = unsafe { std::slice::from_raw_parts(rows, count) };
+        // SAFETY: not NULL, `out_bytes` bytes by contract, and no other thread uses them during the call.
+        let out = unsafe { std::slice::from_raw_parts_mut(out.cast::<u8>(), out_bytes) };
+        let row = |row: &i32| {
+            u32::try_from(*row).map_err(|_| invalid(format!("row {row}: none is below 0")))
+        };
+        let rows: Vec<u32> = rows.iter().map(row).collect::<Result<_>>()?;
+        handle.model.read_rows(table as usize, &rows, out)?;
+        Ok(0)
+    })
 }
 
 /// Says which layers will be acquired next, in order. flea learns the order of a pass by itself; a hint overrides it

@@ -6,7 +6,6 @@ use crate::engine::{BudgetSpec, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{ReaderKind, ReaderOptions};
 use crate::mem::Backing;
-use crate::model::catalog::Tensor;
 use crate::proto::Opened;
 use crate::proto::opened::Endpoint;
 use crate::units::MemorySpec;
@@ -97,6 +96,7 @@ impl Handle {
             streamed_bytes_per_pass: plan.map_or(0, |plan| plan.streamed_bytes_per_pass),
             architecture: self.architecture.as_ptr(),
             expert_cache_bytes: plan.map_or(0, |plan| plan.expert_cache_bytes),
+            rows_bytes: self.model.rows_bytes(),
         }
     }
 
@@ -110,24 +110,25 @@ impl Handle {
             layer: span.map_or(-1, |span| layer(span.first)),
             layer_last: span.map_or(-1, |span| layer(span.last)),
             rows_per_layer: span.map_or(0, |span| span.rows_per_layer),
-            flags: self.tensor_flags(tensor),
+            flags: self.tensor_flags(index),
             dims: tensor.dims,
             shape: tensor.shape,
             bytes: tensor.extent.len_bytes,
             file_offset: tensor.extent.offset_bytes,
             shard: tensor.extent.shard_index,
-            data: match span {
-                Some(_) => self
+            data: match span.is_some() || self.model.row_bytes(index).is_some() {
+                true => self
                     .model
                     .address(tensor.extent.shard_index, tensor.extent.offset_bytes)
                     .cast(),
-                None => std::ptr::null(),
+                false => std::ptr::null(),
             },
             name: self.names[index].as_ptr(),
         }
     }
 
-    fn tensor_flags(&self, tensor: &Tensor) -> u32 {
+    fn tensor_flags(&self, index: usize) -> u32 {
+        let tensor = &self.model.catalog().tensors[index];
         let stacked = tensor.experts.is_some_and(|experts| experts.count > 1);
         let mut flags = 0;
         if tensor.host_kept {
@@ -135,6 +136,9 @@ impl Handle {
         }
         if stacked && tensor.layers.is_some() && self.model.experts_on_demand() {
             flags |= types::FLEA_TENSOR_EXPERTS;
+        }
+        if self.model.row_bytes(index).is_some() {
+            flags |= types::FLEA_TENSOR_ROWS;
         }
         flags
     }
@@ -166,6 +170,11 @@ impl Handle {
             expert_hits: stats.experts.hits,
             expert_misses: stats.experts.misses,
             expert_bytes_read: stats.experts.bytes,
+            rows: stats.rows.rows,
+            row_reads: stats.rows.reads,
+            row_bytes_read: stats.rows.bytes,
+            row_page_uses: stats.rows.page_uses,
+            row_page_hits: stats.rows.page_hits,
         }
     }
 }

@@ -84,6 +84,10 @@ pub const FLEA_TENSOR_HOST_KEPT: u32 = 1;
 /// memory that flea_acquire_ranges asked for.
 pub const FLEA_TENSOR_EXPERTS: u32 = 2;
 
+/// tensor flags: a table of embeddings whose rows flea_read_rows copies out, so that the host need not keep it. Not through a
+/// daemon, and not for tables of less than 16 MiB.
+pub const FLEA_TENSOR_ROWS: u32 = 4;
+
 /// How to open a model. Zero it, set struct_size, then the fields that matter.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
@@ -162,6 +166,8 @@ pub struct flea_info {
     pub architecture: *const c_char,
     /// All slots for experts that are fetched one by one, in bytes; 0 where layers come with all they have (plan).
     pub expert_cache_bytes: u64,
+    /// What flea_read_rows holds in memory, in bytes: a part of host_bytes.
+    pub rows_bytes: u64,
 }
 
 /// One tensor of a model.
@@ -190,7 +196,8 @@ pub struct flea_tensor {
     pub file_offset: u64,
     /// Which file, counted from 0.
     pub shard: u32,
-    /// Its constant address; NULL when `layer` is -1. Readable only while its layer is acquired.
+    /// Its constant address; NULL when `layer` is -1 and it has no FLEA_TENSOR_ROWS. Readable only while its layer is
+    /// acquired, and never where `layer` is -1.
     pub data: *const c_void,
     /// Its name. Lives as long as the model.
     pub name: *const c_char,
@@ -214,7 +221,7 @@ pub struct flea_stats_data {
     pub releases: u64,
     /// Transient runs read to the end.
     pub loads: u64,
-    /// Bytes asked of the kernel, resident and transient.
+    /// Bytes asked of the kernel: resident, transient, experts and rows.
     pub bytes_read: u64,
     /// Requests completed.
     pub reads: u64,
@@ -242,6 +249,16 @@ pub struct flea_stats_data {
     pub expert_misses: u64,
     /// Bytes read for them.
     pub expert_bytes_read: u64,
+    /// Rows that flea_read_rows copied out.
+    pub rows: u64,
+    /// Reads they took.
+    pub row_reads: u64,
+    /// Bytes of those.
+    pub row_bytes_read: u64,
+    /// Pages that rows lay in, counted for each row.
+    pub row_page_uses: u64,
+    /// Of those: found in the cache.
+    pub row_page_hits: u64,
 }
 
 /// A range of a model's addresses.

@@ -106,8 +106,8 @@ extern "C" fn on_progress(share: f32, user_data: *mut c_void) -> bool {
 pub enum Origin<'a> {
     /// llama.cpp opens and maps the files itself (plain runs).
     Path(&'a Path),
-    /// Through our stream, for the device given (streamed runs).
-    Stream(&'a mut ModelFile, llama::ggml_backend_dev_t),
+    /// Through our stream, for the device given (streamed runs), which also has the tensors named.
+    Stream(&'a mut ModelFile, llama::ggml_backend_dev_t, &'a [String]),
 }
 
 impl LlamaModel {
@@ -223,8 +223,11 @@ fn load_raw(
             let raw = unsafe { llama::llama_model_load_from_file(path.as_ptr(), params) };
             Ok((raw, None))
         }
-        Origin::Stream(file, device) => {
+        Origin::Stream(file, device, tables) => {
             let mut devices = [device, std::ptr::null_mut()];
+            let patterns = table_patterns(tables)?;
+            let overrides = placed_on(&patterns, device);
+            params.tensor_buft_overrides = overrides.as_ptr();
             params.devices = devices.as_mut_ptr();
             params.n_gpu_layers = -1;
             params.load_mode = llama::LLAMA_LOAD_MODE_NONE;
@@ -234,6 +237,42 @@ fn load_raw(
             Ok((raw, file.take_error()))
         }
     }
+}
+
+/// Regular expressions that match these names and no others.
+fn table_patterns(names: &[String]) -> Result<Vec<CString>> {
+    let pattern = |name: &String| {
+        let mut text = String::from("^");
+        for letter in name.chars() {
+            if !letter.is_ascii_alphanumeric() && letter != '_' {
+                text.push('\\');
+            }
+            text.push(letter);
+        }
+        text.push('$');
+        CString::new(text)
+            .map_err(|_| Error::new(ErrorKind::Format, format!("a NUL byte in '{name}'")))
+    };
+    names.iter().map(pattern).collect()
+}
+
+/// Puts the tensors of these patterns on a device: llama.cpp gives no device the embeddings unless it is told to.
+/// `patterns` have to outlive the result.
+fn placed_on(
+    patterns: &[CString],
+    device: llama::ggml_backend_dev_t,
+) -> Vec<llama::llama_model_tensor_buft_override> {
+    // SAFETY: the device is registered, and its buffer type is as static as it is.
+    let buft = unsafe { llama::ggml_backend_dev_buffer_type(device) };
+    let entry = |pattern: &CString| llama::llama_model_tensor_buft_override {
+        pattern: pattern.as_ptr(),
+        buft,
+    };
+    let end = llama::llama_model_tensor_buft_override {
+        pattern: std::ptr::null(),
+        buft: std::ptr::null_mut(),
+    };
+    patterns.iter().map(entry).chain([end]).collect()
 }
 
 impl Drop for LlamaModel {

@@ -60,6 +60,8 @@ pub struct StreamOptions {
     pub whole_layers: bool,
     /// Stream a layer with all its experts instead of fetching those that are chosen.
     pub whole_experts: bool,
+    /// The host keeps tables of embeddings whole instead of reading their rows.
+    pub host_rows: bool,
     /// Directories with copies of the model.
     pub mirrors: Vec<PathBuf>,
 }
@@ -69,6 +71,8 @@ pub struct StreamOptions {
 pub struct Streamed {
     handle: Arc<Handle>,
     device: llama::ggml_backend_dev_t,
+    /// Names of the tables whose rows are read.
+    row_tables: Vec<String>,
     /// Last: the device calls it until it is configured anew (see `drop`).
     kv_disk: Option<KvDisk>,
 }
@@ -216,11 +220,21 @@ impl Streamed {
             }
             llama::ggml_backend_reg_dev_get(registration, 0)
         };
+        let row_tables = match options.host_rows {
+            true => Vec::new(),
+            false => handle.row_tables(),
+        };
         Ok(Self {
             handle,
             device,
+            row_tables,
             kv_disk,
         })
+    }
+
+    /// Names of the tables of embeddings that the device reads row by row. llama.cpp gives it none of its own accord.
+    pub(crate) fn row_tables(&self) -> &[String] {
+        &self.row_tables
     }
 
     /// The device weights are placed on.
@@ -240,13 +254,10 @@ impl Streamed {
             .or_else(last_failure)
     }
 
-    /// Says whether an address is a streamed weight's.
+    /// Says whether an address lies in a window, where nothing but flea writes.
     pub(crate) fn in_window(&self) -> crate::host::file::InWindow {
         let handle = Arc::clone(&self.handle);
-        // SAFETY: flea_layer_of takes any address and does not read it; the handle is kept alive by the closure.
-        Box::new(
-            move |address: *const c_void| unsafe { calls::flea_layer_of(handle.0, address) } >= 0,
-        )
+        Box::new(move |address: *const c_void| handle.model().in_window(address as usize))
     }
 
     /// The model's handle.
@@ -260,6 +271,16 @@ impl Handle {
     pub(crate) fn model(&self) -> &Opened {
         // SAFETY: opened by flea_model_open, which gives a live handle, and closed only in Drop.
         unsafe { model_of(self.0) }
+    }
+
+    /// Names of the tables of embeddings whose rows can be read.
+    fn row_tables(&self) -> Vec<String> {
+        let model = self.model();
+        let tensors = model.catalog().tensors.iter().enumerate();
+        tensors
+            .filter(|(index, _)| model.row_bytes(*index).is_some())
+            .map(|(_, tensor)| tensor.name.clone())
+            .collect()
     }
 
     /// Figures of the plan.
@@ -325,6 +346,10 @@ impl Handle {
         figures.expert_hits = stats.expert_hits;
         figures.expert_misses = stats.expert_misses;
         figures.expert_bytes_read = stats.expert_bytes_read;
+        figures.rows_bytes = info.rows_bytes;
+        figures.rows = stats.rows;
+        figures.row_reads = stats.row_reads;
+        figures.row_bytes_read = stats.row_bytes_read;
         figures.reader = match stats.reader {
             types::FLEA_READER_PREAD => "pread",
             _ => "io_uring",

@@ -145,6 +145,14 @@ pub struct Figures {
     pub expert_misses: u64,
     /// Bytes read for them.
     pub expert_bytes_read: u64,
+    /// Memory of reading rows of embeddings; 0 where the host keeps them.
+    pub rows_bytes: u64,
+    /// Rows of embeddings read or found in their cache.
+    pub rows: u64,
+    /// Reads for them.
+    pub row_reads: u64,
+    /// Bytes of those.
+    pub row_bytes_read: u64,
     /// `io_uring`, `pread`, or `none` in a plain run.
     pub reader: &'static str,
     /// O_DIRECT on every shard.
@@ -535,7 +543,8 @@ fn load_streamed(
 ) -> Result<(LlamaModel, u64)> {
     let shown = virtual_file(&files)?;
     let mut file = ModelFile::open(shown, files, Some(streamed.in_window()))?;
-    let model = LlamaModel::load(Origin::Stream(&mut file, streamed.device()), progress)?;
+    let origin = Origin::Stream(&mut file, streamed.device(), streamed.row_tables());
+    let model = LlamaModel::load(origin, progress)?;
     if file.skipped_bytes() == 0 {
         return Err(Error::new(
             ErrorKind::Internal,

@@ -107,6 +107,9 @@ pub struct ReaderOptions {
     pub deadline_ns: u64,
     /// How often a failed read is tried again.
     pub retries: u32,
+    /// Several threads submit and wait, one at a time and each until nothing is in flight; false binds the reader to the
+    /// first.
+    pub any_thread: bool,
     /// CPUs for the threads of the pread reader; empty = wherever the scheduler puts them. The thread that drives a
     /// reader pins itself with [`pin_current_thread`].
     pub cpus: Vec<u32>,
@@ -122,6 +125,7 @@ impl Default for ReaderOptions {
             // The nvme driver itself gives up after 30 s, resets and tries again; virtio never does.
             deadline_ns: 30_000_000_000,
             retries: 4,
+            any_thread: false,
             cpus: Vec::new(),
         }
     }
@@ -215,7 +219,7 @@ pub struct Counters {
     pub busy_ns: u64,
 }
 
-/// Moves bytes. Submit and wait from one thread: the first that uses it.
+/// Moves bytes. Submit and wait from one thread: the first that uses it, but for [`ReaderOptions::any_thread`].
 #[derive(Debug)]
 pub enum Reader {
     /// One io_uring.
@@ -405,6 +409,7 @@ struct Setup {
     files: Arc<[ShardFile]>,
     rules: Rules,
     depth: usize,
+    any_thread: bool,
     cpus: Vec<u32>,
     faults: Faults,
     request_bytes: u32,
@@ -440,6 +445,7 @@ impl Setup {
                 retries: options.retries,
             },
             depth: depth as usize,
+            any_thread: options.any_thread,
             cpus: options.cpus.clone(),
             faults,
             request_bytes,
@@ -452,7 +458,8 @@ impl Setup {
             fallback: None,
         };
         let injector = Injector::new(self.faults);
-        let reader = uring::UringReader::new(self.files, self.rules, self.depth, injector)?;
+        let ring = setup::build_ring(self.depth, self.any_thread)?;
+        let reader = uring::UringReader::new(ring, self.files, self.rules, self.depth, injector)?;
         Ok(Reader::Uring(Box::new(reader), resolved))
     }
 

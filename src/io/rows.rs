@@ -74,7 +74,7 @@ struct Want {
     next: u32,
 }
 
-/// Reads rows of one table. One thread at a time.
+/// Reads rows of one table. Any thread, one at a time.
 #[derive(Debug)]
 pub struct RowReader {
     table: RowTable,
@@ -124,6 +124,8 @@ impl RowReader {
             request_bytes: options.read_bytes,
             depth: options.depth,
             page_bytes: PAGE_4K,
+            // A call leaves nothing in flight.
+            any_thread: true,
             ..ReaderOptions::default()
         };
         let depth = options.depth as usize;

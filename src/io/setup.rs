@@ -68,16 +68,25 @@ impl WakeEvent {
     }
 }
 
+/// Requests that a ring keeps: twice the depth, because those that the kernel keeps after their deadline must not stop
+/// the others.
+pub(super) const fn entry_count(depth: usize) -> usize {
+    depth * 2
+}
+
 /// The ring, with as much as the kernel knows of what helps one thread: SINGLE_ISSUER is Linux 6.0, COOP_TASKRUN 5.19.
-pub(super) fn build_ring(entry_count: u32) -> Result<IoUring, Refused> {
+/// `any_thread`: without the former, which binds the ring to the thread that enables it.
+pub(super) fn build_ring(depth: usize, any_thread: bool) -> Result<IoUring, Refused> {
+    // Room for a read and a cancellation of each, and for the waker.
+    let sqe_count = (entry_count(depth) * 2 + 2).next_power_of_two() as u32;
     let mut best = IoUring::builder();
-    best.setup_clamp()
-        .setup_single_issuer()
-        .setup_coop_taskrun()
-        .setup_r_disabled();
+    best.setup_clamp().setup_coop_taskrun();
+    if !any_thread {
+        best.setup_single_issuer().setup_r_disabled();
+    }
     let plain = IoUring::builder();
-    let built = match best.build(entry_count) {
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => plain.build(entry_count),
+    let built = match best.build(sqe_count) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => plain.build(sqe_count),
         built => built,
     };
     let ring = built.map_err(|error| {

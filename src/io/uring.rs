@@ -2,7 +2,8 @@
 //!
 //! Invariants: `user_data` is an index into the table of entries (no pointers), and an entry stays taken until the
 //! kernel has given its memory back, also after its deadline; what the kernel may still write to is never freed here.
-//! The ring is made disabled and enabled by the thread that uses it first, so that SINGLE_ISSUER binds to that one.
+//! The ring is made disabled and enabled by the thread that uses it first, so that SINGLE_ISSUER binds to that one; a reader
+//! for any thread does without.
 //! No SQPOLL (20-40 times the CPU), no IOPOLL (hangs on requests that have to be split).
 //! Place: `reader` of `file -> catalog -> plan -> reader -> pool -> lease -> host`.
 #![allow(unsafe_code)]
@@ -19,7 +20,7 @@ use io_uring::{EnterFlags, IoUring, opcode, squeue};
 use super::direct::ShardFile;
 use super::fault::Injector;
 use super::request::{Busy, Flight, Rules, Step, Tally};
-use super::setup::{Refused, WakeEvent, build_ring};
+use super::setup::{Refused, WakeEvent, entry_count};
 use super::{Completion, Counters, Request};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -91,16 +92,15 @@ impl fmt::Debug for UringReader {
 }
 
 impl UringReader {
+    /// `ring`: of [`super::setup::build_ring`] for the same depth.
     pub(super) fn new(
+        ring: IoUring,
         files: Arc<[ShardFile]>,
         rules: Rules,
         depth: usize,
         injector: Injector,
     ) -> std::result::Result<Self, Refused> {
-        // Twice the depth: requests the kernel keeps after their deadline must not stop the others.
-        let entry_count = depth * 2;
-        // Room for a read and a cancellation of each, and for the waker.
-        let ring = build_ring((entry_count * 2 + 2).next_power_of_two() as u32)?;
+        let entry_count = entry_count(depth);
         let descriptors: Vec<i32> = files.iter().map(ShardFile::weights_fd).collect();
         let fixed_files = match ring.submitter().register_files(&descriptors) {
             Ok(()) => true,

@@ -19,6 +19,7 @@ pub mod policy;
 pub mod predict;
 mod residency;
 mod ring;
+pub mod rows;
 
 #[cfg(test)]
 mod properties;
@@ -34,6 +35,7 @@ pub use budget::Budget;
 pub use experts::{ExpertOptions, ExpertPlan, SlotClass, Unit};
 pub use policy::{Admission, Policy, PolicyKind};
 pub use predict::{Prediction, compute_seconds, peak_bytes, predict};
+pub use rows::RowsPlan;
 
 /// Fewest slots: 1 that the host computes with, + 1 that is filled meanwhile. With fewer, drive and host take turns.
 pub const SLOTS_MIN: u32 = 1 + 1;

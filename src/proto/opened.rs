@@ -240,6 +240,47 @@ impl Opened {
         }
     }
 
+    /// Bytes of a row of the table at this place among the tensors; `None` where [`Opened::read_rows`] does not read it.
+    #[must_use]
+    pub fn row_bytes(&self, tensor_index: usize) -> Option<u64> {
+        match self {
+            Self::Local(model) => model.row_bytes(tensor_index),
+            Self::Daemon(_) => None,
+        }
+    }
+
+    /// See [`Model::read_rows`]. A daemon does not read rows.
+    ///
+    /// # Errors
+    /// Those of [`Model::read_rows`]; `Unsupported` in the daemon.
+    pub fn read_rows(&self, address: usize, ids: &[u32], out: &mut [u8]) -> Result<()> {
+        match self {
+            Self::Local(model) => model.read_rows(address, ids, out),
+            Self::Daemon(_) => Err(Error::new(
+                ErrorKind::Unsupported,
+                "rows are not read through a daemon: no tensor of such a model has FLEA_TENSOR_ROWS",
+            )),
+        }
+    }
+
+    /// What the row readers hold in memory.
+    #[must_use]
+    pub fn rows_bytes(&self) -> u64 {
+        match self {
+            Self::Local(model) => model.rows_bytes(),
+            Self::Daemon(_) => 0,
+        }
+    }
+
+    /// True for an address in a window, where a host's loader must not write.
+    #[must_use]
+    pub fn in_window(&self, address: usize) -> bool {
+        match self {
+            Self::Local(model) => model.in_window(address),
+            Self::Daemon(model) => model.layer_of(address).is_some(),
+        }
+    }
+
     /// See [`Model::hint`].
     ///
     /// # Errors

@@ -26,6 +26,7 @@ struct Options {
     std::string lora;
     std::string experts;
     std::string load_mode = "auto";
+    std::string on_device;  // tensors whose names match are put on the device, as -ot does
     std::vector<llama_token> tokens;
     int generate = 8;
     int threads = 2;
@@ -41,7 +42,7 @@ struct Options {
 const char usage[] =
     "usage: llama-logits -m MODEL --prompt-tokens 1,5,9 [-n N] [-o LOGITS] [--device FLEA|none] [--threads N] [--ubatch N]\n"
     "                    [--ctx N] [--contexts N] [--ngl N] [--lora FILE] [--load-mode auto|none|mmap|dio] [--repack]\n"
-    "                    [--flash-attn auto|on|off] [--experts FILE] [-v]\n";
+    "                    [--flash-attn auto|on|off] [--experts FILE] [--on-device REGEX] [-v]\n";
 
 std::vector<llama_token> parse_tokens(const std::string & text) {
     std::vector<llama_token> tokens;
@@ -75,6 +76,7 @@ Options parse(int argc, char ** argv) {
         else if (name == "--device") { options.device = value; }
         else if (name == "--lora") { options.lora = value; }
         else if (name == "--experts") { options.experts = value; }
+        else if (name == "--on-device") { options.on_device = value; }
         else if (name == "--load-mode") { options.load_mode = value; }
         else if (name == "--threads") { options.threads = std::stoi(value); }
         else if (name == "--ubatch") { options.ubatch = std::stoi(value); }
@@ -187,6 +189,11 @@ int run(const Options & options) {
     params.devices = devices.data();
     params.n_gpu_layers = options.layers_on_device;
     params.use_extra_bufts = options.repack;
+    llama_model_tensor_buft_override overrides[2] = {};
+    if (!options.on_device.empty() && devices[0]) {
+        overrides[0] = { options.on_device.c_str(), ggml_backend_dev_buffer_type(devices[0]) };
+        params.tensor_buft_overrides = overrides;
+    }
     params.load_mode = llama_load_mode_from_str(options.load_mode.c_str());
     llama_model * model = llama_model_load_from_file(options.model.c_str(), params);
     if (!model) { throw std::runtime_error("cannot load " + options.model); }

@@ -129,6 +129,8 @@ impl<'a> Filed<'a> {
     fn args(&self, device: Option<&Device>, context_count: u64) -> plan::Args {
         plan::Args {
             whole_experts: false,
+            // The breakdown beside it has the tables whole.
+            host_rows: true,
             expert_skew: 0.0,
             model: self.path.clone(),
             memory: device.map_or(MemorySpec::Auto, |device| {

@@ -73,7 +73,7 @@ function showDevices(report) {
     const runs = device.verdict !== "infeasible";
     const left = runs ? `${bytes(device.headroom_bytes)} left` : `${bytes(device.missing_bytes)} missing`;
     const read = device.streamed_bytes_per_token > 0 ? `${bytes(device.streamed_bytes_per_token)} read for each` : null;
-    const experts = device.chosen_experts_tokens_per_second;
+    const experts = device.whole_layers_tokens_per_second;
     return [
       html("div", {}, html("strong", {}, device.name), html("div", { class: "note" }, device.label),
         commandOf(device, runs)),
@@ -81,7 +81,7 @@ function showDevices(report) {
       html("div", {}, needBar(device.need_bytes, device.memory_bytes, most, device.verdict),
         html("div", { class: "note" }, `${bytes(device.need_bytes)} of ${bytes(device.memory_bytes)}, ${left}`)),
       html("div", {}, runs ? decimal(device.tokens_per_second) : "–", read ? html("div", { class: "note" }, read) : null,
-        isNumber(experts) ? html("div", { class: "note" }, `${decimal(experts)} with chosen experts only`) : null),
+        isNumber(experts) ? html("div", { class: "note" }, `${decimal(experts)} by whole layers, as through the daemon`) : null),
       html("div", {}, device.largest_context_count === null ? "–" : whole(device.largest_context_count),
         device.largest_resident_context_count === null ? null
           : html("div", { class: "note" }, `${whole(device.largest_resident_context_count)} resident`)),
