@@ -142,6 +142,8 @@ fn smallest_percent(smallest_bytes: u64, model_bytes: u64) -> Option<f64> {
     if model_bytes == 0 {
         return None;
     }
+    // Even a model without layers needs a total above what the host holds.
+    let smallest_bytes = smallest_bytes.max(1);
     let exact = smallest_bytes as f64 / model_bytes as f64 * 10_000.0;
     // Rounding may leave the first figure a byte short; the second is a hundredth of a percent larger.
     let candidates = [exact.ceil() / 100.0, (exact.ceil() + 1.0) / 100.0];
