@@ -20,6 +20,7 @@ struct Config {
     loader_skips_streamed: bool,
     whole_layers: bool,
     model: *mut flea_model,
+    kv: *const std::ffi::c_void,
 }
 
 // ffi-examples/ggml-flea/ggml-flea.h
@@ -65,6 +66,7 @@ impl Streamed {
                 loader_skips_streamed: true,
                 whole_layers: false,
                 model,
+                kv: std::ptr::null(),
             };
             assert_eq!(ggml_backend_flea_configure(&raw const config), 0);
             Self(model)

@@ -430,10 +430,12 @@ fn a_trace_accounts_for_every_byte_read() {
         let bytes: u64 = of("read")
             .map(|event| event["args"]["bytes"].as_u64().expect("bytes"))
             .sum();
-        // What was read ahead when the walk ended may have come back after it was counted.
-        let counted = outcome["bytes_read"].as_u64().expect("bytes_read");
+        // What was read ahead when the walk ended may have come back after it was counted; and threads that read count
+        // before the stream books what they did: at most what the ring has room for.
+        let number = |name: &str| outcome[name].as_u64().expect("a number");
+        let counted = number("bytes_read");
         assert!(
-            bytes >= counted && counted > 0,
+            bytes + number("ring_bytes") >= counted && counted > number("ring_bytes"),
             "{bytes} in the trace, {counted} read"
         );
         let acquires = outcome["acquires"].as_u64().expect("acquires");
