@@ -3,12 +3,14 @@
 
 #![cfg(feature = "cli")]
 
+#[path = "common/analyzing.rs"]
+mod analyzing;
 mod common;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::atomic::AtomicBool;
 
+use analyzing::{analyze, answer};
 use common::{flea, json, output, synth};
 use flea::engine::read_catalog;
 use flea::model::arch::gguf::from_catalog;
@@ -16,31 +18,6 @@ use flea::model::arch::{Block, KvKind};
 use flea::tools::synth::shape::{Arch, Quant, Shape, Wish};
 use flea::tools::synth::{Spec, generate};
 use serde_json::Value;
-
-/// `flea analyze` with these arguments, which must not find a proxy.
-fn analyze(arguments: &[&str]) -> Command {
-    let mut command = flea();
-    command.arg("analyze").args(arguments);
-    for name in [
-        "http_proxy",
-        "https_proxy",
-        "all_proxy",
-        "HTTP_PROXY",
-        "HTTPS_PROXY",
-        "ALL_PROXY",
-    ] {
-        command.env_remove(name);
-    }
-    command
-}
-
-/// Its JSON, whatever the verdict, and its exit code.
-fn answer(arguments: &[&str]) -> (Value, i32) {
-    let output = output(analyze(arguments).arg("--json"));
-    let text = String::from_utf8(output.stdout).unwrap();
-    let value = serde_json::from_str(text.trim()).unwrap_or_else(|error| panic!("{error}: {text}"));
-    (value, output.status.code().unwrap())
-}
 
 fn small() -> PathBuf {
     synth(

@@ -3,44 +3,20 @@
 
 #![cfg(feature = "cli")]
 
+#[path = "common/analyzing.rs"]
+mod analyzing;
 mod common;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use common::{flea, output, synth};
-use serde_json::Value;
+use analyzing::{analyze, answer};
+use common::{output, synth};
 
 const CONFIG: &str = r#"{"model_type":"llama","num_hidden_layers":4,"hidden_size":256,"vocab_size":1000,
     "num_attention_heads":4,"intermediate_size":512,"max_position_embeddings":8192}"#;
-
-/// `flea analyze` with these arguments, which must not find a proxy.
-fn analyze(arguments: &[&str]) -> Command {
-    let mut command = flea();
-    command.arg("analyze").args(arguments);
-    for name in [
-        "http_proxy",
-        "https_proxy",
-        "all_proxy",
-        "HTTP_PROXY",
-        "HTTPS_PROXY",
-        "ALL_PROXY",
-    ] {
-        command.env_remove(name);
-    }
-    command
-}
-
-/// Its JSON, whatever the verdict, and its exit code.
-fn answer(arguments: &[&str]) -> (Value, i32) {
-    let output = output(analyze(arguments).arg("--json"));
-    let text = String::from_utf8(output.stdout).unwrap();
-    let value = serde_json::from_str(text.trim()).unwrap_or_else(|error| panic!("{error}: {text}"));
-    (value, output.status.code().unwrap())
-}
 
 /// How a test server answers.
 #[derive(Clone, Copy, PartialEq)]

@@ -43,8 +43,8 @@ Examples:
 MODEL is a GGUF file, the directory of a model or its config.json, a description in TOML or YAML, a URL of any of these
 (headers only, by HTTP range), or a known model. A device file has [[device]] entries with name, memory and
 drive_gb_per_second; a .json is a profile of `flea probe`. Of a GGUF, without --weight-bits, the plan is that of
-`flea plan`, which streams whole layers with all experts; of the rest, tokens/s are the drive's rate over the bytes that
-memory does not hold, a bound.
+`flea plan`; of the rest, tokens/s are the drive's rate over the bytes that memory does not hold, a bound. Of routed
+experts only those count that a token chooses.
 Exit codes: 0 resident, 10 rows (tables of rows stay on the drive), 11 streamed, 12 infeasible; with several devices, that
 of the worst. 2 usage, 5 not a model file.";
 
