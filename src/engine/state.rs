@@ -255,9 +255,10 @@ impl State {
     pub fn lease(&mut self, layer: u32, thread: u64) -> Result<bool> {
         let new = self.leases.add(layer, thread)?;
         self.layers[layer as usize].leases += 1;
+        // Also when it is extended: whoever has a part of a layer tries for the next one.
+        self.layers[layer as usize].tried_at = None;
         if new {
             self.acquires += 1;
-            self.layers[layer as usize].tried_at = None;
             self.order.note(layer);
         }
         Ok(new)
@@ -272,6 +273,9 @@ impl State {
         let last = self.leases.remove(layer, thread)?;
         self.releases += u64::from(last);
         self.layers[layer as usize].leases -= 1;
+        if last {
+            self.layers[layer as usize].tried_at = None;
+        }
         Ok(last)
     }
 

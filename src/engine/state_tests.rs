@@ -142,6 +142,31 @@ fn a_layer_that_was_tried_stays_until_the_host_comes_back_or_goes_on() {
     }
 }
 
+/// A host that computes with the parts of a layer as they arrive tries for the rest while it has a lease. Its slot must be
+/// free for what comes next as soon as it has released, or the ring works like one of a single slot.
+#[test]
+fn a_try_under_a_lease_keeps_no_slot_after_its_release() {
+    let mut state = State::new(layout(8, 3, 1, false), None);
+    for layer in 0..6 {
+        state.demand(layer, false);
+        read_all(&mut state, 1);
+        state.lease(layer, 1).unwrap();
+        state.tried(layer);
+        if layer % 2 == 0 {
+            // Two leases: two to come back.
+            state.lease(layer, 1).unwrap();
+            state.release(layer, 1).unwrap();
+        }
+        state.release(layer, 1).unwrap();
+        assert!(!state.is_expected(layer));
+        read_all(&mut state, 1);
+        for next in 1..=3 {
+            let next = (layer + next) % 8;
+            assert!(state.ready(next, Need::Whole), "{next} after {layer}");
+        }
+    }
+}
+
 #[test]
 fn a_range_is_ready_before_its_layer() {
     let mut state = State::new(layout(2, 2, 4, false), None);
