@@ -539,6 +539,17 @@ mod faults {
         }
     }
 
+    /// Whatever ends the thread that reads, the host is told and does not wait for ever.
+    #[test]
+    fn a_reader_that_panics_ends_the_run() {
+        let model = tiny("llama", "q8_0");
+        let mut streamed = run(&model, &["--memory", "60%", "--reader", "io_uring"]);
+        let output = output(streamed.env("FLEA_FAULT", "panic=5"));
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(!output.status.success(), "{text}");
+        assert!(text.contains("has panicked"), "{text}");
+    }
+
     /// The proof that the comparisons above can fail: without the wait in acquire they do.
     #[test]
     fn without_the_wait_the_output_is_wrong_or_the_mmu_stops_it() {

@@ -16,9 +16,12 @@ use super::state::{Job, Outcome, State};
 use super::trace::{Part, Trace};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::mirror::{Copies, Mirrored};
-use crate::io::{Completion, Counters, ReaderKind, ReaderOptions, Request, ShardFile, Waker};
+use crate::io::{
+    Completion, Counters, ReaderKind, ReaderOptions, Request, ShardFile, Waker, wake_promptly,
+};
 use crate::mem::Pool;
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -91,6 +94,7 @@ pub fn run(
 ) {
     // Signals are the host's business; a handler running here would stall the drive.
     let _ = nix::sys::signal::SigSet::all().thread_block();
+    wake_promptly();
     let reader = match Mirrored::new(Arc::clone(files), Arc::clone(&core.copies), options) {
         Ok(reader) => reader,
         Err(error) => {
@@ -117,7 +121,12 @@ pub fn run(
         completions: Vec::with_capacity(256),
         begun: vec![Instant::now(); layout.fetches.len()],
     };
-    stream.work();
+    // Hosts wait without a time limit: whatever ends this thread must be told them.
+    if catch_unwind(AssertUnwindSafe(|| stream.work())).is_err() {
+        let context =
+            "the thread that reads has panicked; close the model, and report what it said";
+        stream.give_up(Error::new(ErrorKind::Internal, context));
+    }
     stream.finish();
 }
 

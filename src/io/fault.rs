@@ -26,6 +26,8 @@ pub struct Faults {
     pub short_every: Option<u64>,
     /// The Nth read, counted from 1, never comes back (`stuck` = the first, or `stuck=N`).
     pub stuck: Option<u64>,
+    /// The Nth read, counted from 1, makes the thread panic that asks for it (`panic=N`).
+    pub panic: Option<u64>,
     /// For `mem`: a slot is overwritten when it moves (`poison`).
     pub poison: bool,
     /// For the engine: acquire does not wait for the bytes (`nowait`).
@@ -67,6 +69,7 @@ impl Faults {
                 ("short_every", Some(v)) => faults.short_every = Some(nonzero(word, v)?),
                 ("stuck", None) => faults.stuck = Some(1),
                 ("stuck", Some(v)) => faults.stuck = Some(nonzero(word, v)?),
+                ("panic", Some(v)) => faults.panic = Some(nonzero(word, v)?),
                 ("poison", None) => faults.poison = true,
                 ("nowait", None) => faults.nowait = true,
                 _ => return Err(unknown(word)),
@@ -80,7 +83,7 @@ fn unknown(word: &str) -> Error {
     Error::new(
         ErrorKind::Invalid,
         format!(
-            "{VARIABLE}: '{word}' is not a fault; known: delay_ms=N flip=SHARD:OFFSET eio_every=N short_every=N stuck[=N] poison nowait"
+            "{VARIABLE}: '{word}' is not a fault; known: delay_ms=N flip=SHARD:OFFSET eio_every=N short_every=N stuck[=N] panic=N poison nowait"
         ),
     )
 }
@@ -133,6 +136,7 @@ impl Injector {
             return Fate::default();
         }
         let ordinal = self.reads.fetch_add(1, Ordering::Relaxed) + 1;
+        assert!(self.faults.panic != Some(ordinal), "{VARIABLE}: panic");
         let every = |n: Option<u64>| n.is_some_and(|n| ordinal.is_multiple_of(n));
         Fate {
             eio: every(self.faults.eio_every),
@@ -165,7 +169,7 @@ mod tests {
     #[test]
     fn every_word_parses_and_any_other_is_named() {
         let faults = Faults::parse(
-            "delay_ms=20, flip=1:4097,flip=0:0,eio_every=3,short_every=2,stuck,poison,nowait",
+            "delay_ms=20, flip=1:4097,flip=0:0,eio_every=3,short_every=2,stuck,panic=9,poison,nowait",
         )
         .unwrap();
         assert_eq!(
@@ -176,6 +180,7 @@ mod tests {
                 eio_every: Some(3),
                 short_every: Some(2),
                 stuck: Some(1),
+                panic: Some(9),
                 poison: true,
                 nowait: true,
             }

@@ -22,6 +22,7 @@ mod request;
 pub mod rows;
 mod setup;
 pub mod spill;
+mod thread;
 mod uring;
 
 #[cfg(all(test, feature = "faults"))]
@@ -40,6 +41,7 @@ pub use direct::{DirectIo, HeaderReader, Identity, ShardFile};
 pub use memory::AlignedMemory;
 pub use request::REQUEST_MOST_BYTES;
 pub use spill::SpillFile;
+pub use thread::{pin_current_thread, wake_promptly};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{MIB, PAGE_2M, PAGE_4K};
@@ -473,28 +475,4 @@ impl Setup {
             pread::PreadReader::new(self.files, self.rules, self.depth, injector, &self.cpus)?;
         Ok(Reader::Pread(reader, resolved))
     }
-}
-
-/// Binds the calling thread to these CPUs; an empty list changes nothing.
-///
-/// # Errors
-/// `Invalid` when none of them may be used.
-pub fn pin_current_thread(cpus: &[u32]) -> Result<()> {
-    if cpus.is_empty() {
-        return Ok(());
-    }
-    // SAFETY: an all-zero cpu_set_t is the empty set.
-    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    for &cpu in cpus {
-        if (cpu as usize) < libc::CPU_SETSIZE as usize {
-            // SAFETY: the index is below CPU_SETSIZE, checked above.
-            unsafe { libc::CPU_SET(cpu as usize, &mut set) };
-        }
-    }
-    // SAFETY: thread 0 is the caller, and the set is a whole cpu_set_t.
-    let status = unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set) };
-    if status == 0 {
-        return Ok(());
-    }
-    Err(Error::last_os(format_args!("pin to CPUs {cpus:?}")).with_kind(ErrorKind::Invalid))
 }

@@ -44,6 +44,19 @@ fn the_default_stays_unless_another_way_is_clearly_faster() {
 }
 
 #[test]
+fn too_little_in_flight_is_not_considered() {
+    let point = |request_bytes, depth| Point {
+        request_bytes,
+        depth,
+        bytes: 2_000_000_000,
+        gb_per_second: 2.0,
+        cpu_seconds_per_gb: 0.01,
+    };
+    assert!(!covers(&point(MIB, 2)) && !covers(&point(MIB, 8)));
+    assert!(covers(&point(MIB, 16)) && covers(&point(4 * MIB, 8)));
+}
+
+#[test]
 fn a_directory_is_measured_and_left_as_it_was() {
     let directory = tempfile::tempdir().unwrap();
     let mut told = Vec::new();
