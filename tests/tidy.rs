@@ -87,6 +87,15 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
+/// What tools leave there and git ignores: nobody writes it.
+const IGNORED: [&str; 5] = [
+    "fuzz/Cargo.lock",
+    "fuzz/target",
+    "fuzz/corpus",
+    "fuzz/artifacts",
+    "fuzz/coverage",
+];
+
 fn collect(folder: &Path, sources: &mut Vec<Source>) {
     let Ok(entries) = fs::read_dir(root().join(folder)) else {
         return;
@@ -94,6 +103,9 @@ fn collect(folder: &Path, sources: &mut Vec<Source>) {
     for entry in entries {
         let entry = entry.expect("a directory entry");
         let path = folder.join(entry.file_name());
+        if IGNORED.iter().any(|ignored| path == Path::new(ignored)) {
+            continue;
+        }
         if entry.file_type().expect("a file type").is_dir() {
             collect(&path, sources);
         } else if let Ok(text) = fs::read_to_string(root().join(&path)) {
