@@ -290,6 +290,8 @@ fn pass_json(pass: &bench_stream::Pass) -> serde_json::Value {
         "seconds": pass.seconds,
         "bytes_read": pass.bytes_read,
         "gb_per_second": pass.bytes_read as f64 / 1e9 / pass.seconds.max(1e-9),
+        "cpu_seconds": pass.cpu_seconds,
+        "read_seconds": pass.read_seconds,
     })
 }
 

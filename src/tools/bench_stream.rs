@@ -31,6 +31,10 @@ pub struct Pass {
     pub seconds: f64,
     /// What the drive delivered meanwhile.
     pub bytes_read: u64,
+    /// User and system time of the whole process meanwhile.
+    pub cpu_seconds: f64,
+    /// Time meanwhile with at least one request in flight.
+    pub read_seconds: f64,
 }
 
 /// What was measured.
@@ -103,15 +107,18 @@ pub fn measure(model: &Opened, passes_count: u32, stop: &AtomicBool) -> Result<O
 }
 
 fn walk(model: &Opened, stop: &AtomicBool) -> Result<Pass> {
-    let bytes_before = model.stats().bytes_read;
+    let (before, cpu_before) = (model.stats(), cpu_seconds()?);
     let began = Instant::now();
     for layer in 0..model.catalog().layers.len() as u32 {
         acquire(model, layer, stop)?;
         model.release(layer)?;
     }
+    let (seconds, stats) = (began.elapsed().as_secs_f64(), model.stats());
     Ok(Pass {
-        seconds: began.elapsed().as_secs_f64(),
-        bytes_read: model.stats().bytes_read - bytes_before,
+        seconds,
+        bytes_read: stats.bytes_read - before.bytes_read,
+        cpu_seconds: cpu_seconds()? - cpu_before,
+        read_seconds: (stats.read_ns - before.read_ns) as f64 / 1e9,
     })
 }
 

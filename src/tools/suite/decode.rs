@@ -8,10 +8,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use super::blank;
-use super::lab::{Case, Lab, RoundLine, Run, find, number};
+use super::lab::{Case, Lab, RoundLine, Run, find, number, touch_memory};
 use super::report::{Book, CaseReport, Spec};
 use super::stat::Goal;
+use super::{blank, file_bytes};
 use crate::error::{Error, Result};
 use crate::io::cached;
 
@@ -86,6 +86,7 @@ fn run_flea(
     match memory {
         Some(percent) => {
             cached::make_cold(path)?;
+            touch_memory(file_bytes(path)? / 100 * u64::from(percent))?;
             command.args(["--memory", &format!("{percent}%")]);
         }
         None => {
@@ -151,13 +152,12 @@ impl Case for Decode {
     }
 
     fn round(&mut self, lab: &mut Lab<'_>) -> Result<Vec<Run>> {
-        let mut runs = Vec::new();
-        for &budget in &self.budgets {
-            let tokens = tokens_at(budget);
+        let mut runs = lab.between_lines(&self.budgets, |lab, &budget| {
             (lab.say)(&format!("{} at {budget} %", self.slug));
+            let tokens = tokens_at(budget);
             let result = run_flea(lab, &self.path, SHORT_PROMPT, tokens, Some(budget));
-            runs.push(Run::of(format!("flea, {budget} %"), result)?);
-        }
+            Run::of(format!("flea, {budget} %"), result)
+        })?;
         let resident = run_flea(lab, &self.path, SHORT_PROMPT, tokens_at(100), None);
         runs.push(Run::of(RESIDENT, resident)?);
         cached::make_cold(&self.path)?;
@@ -167,7 +167,7 @@ impl Case for Decode {
     fn judge(&self, runs: &[Run], line: &RoundLine, book: &mut Book) {
         let resident = find(runs, RESIDENT);
         for run in runs {
-            judge_decode(run, resident, line, book);
+            judge_decode(run, resident, run.line_or(line), book);
         }
     }
 }
@@ -279,11 +279,10 @@ impl Case for Prefill {
     }
 
     fn round(&mut self, lab: &mut Lab<'_>) -> Result<Vec<Run>> {
-        let mut runs = Vec::new();
-        for &budget in &self.budgets {
+        let mut runs = lab.between_lines(&self.budgets, |lab, &budget| {
             let result = run_flea(lab, &self.path, LONG_PROMPT, 1, Some(budget));
-            runs.push(Run::of(format!("flea, {budget} %"), result)?);
-        }
+            Run::of(format!("flea, {budget} %"), result)
+        })?;
         runs.push(Run::of(
             RESIDENT,
             run_flea(lab, &self.path, LONG_PROMPT, 1, None),
@@ -304,7 +303,8 @@ impl Case for Prefill {
             let (Some(streamed), Some(kept)) = (run.get("streamed"), run.get("resident")) else {
                 continue;
             };
-            let read_seconds = (streamed + kept) / 1e9 / line.large.gb_per_second;
+            let rate = run.line_or(line).large.gb_per_second;
+            let read_seconds = (streamed + kept) / 1e9 / rate;
             if let Some(compute) = resident.and_then(|resident| resident.get("prompt_seconds")) {
                 book.add(
                     &run.label,
@@ -332,6 +332,7 @@ mod tests {
             figures: figures.iter().copied().collect(),
             missing: None,
             died: false,
+            line: None,
         }
     }
 

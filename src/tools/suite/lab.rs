@@ -16,6 +16,9 @@ use super::report::{Book, CaseReport};
 use super::settings::Locks;
 use super::stat::{SPREAD_MAX, Series};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::AlignedMemory;
+use crate::mem::limits::available_memory_bytes;
+use crate::units::{PAGE_2M, align_down};
 
 /// More than any run of flea takes here.
 const FLEA_LIMIT: Duration = Duration::from_secs(900);
@@ -83,6 +86,8 @@ pub struct Run {
     pub missing: Option<String>,
     /// Because it was killed for memory: a result as well.
     pub died: bool,
+    /// The drive's lines right before and after it; `None` = those of the round.
+    pub line: Option<RoundLine>,
 }
 
 impl Run {
@@ -107,7 +112,14 @@ impl Run {
             figures,
             missing,
             died,
+            line: None,
         })
+    }
+
+    /// What to hold its figures against.
+    #[must_use]
+    pub fn line_or<'a>(&'a self, of_round: &'a RoundLine) -> &'a RoundLine {
+        self.line.as_ref().unwrap_or(of_round)
     }
 
     /// A figure that the variant has.
@@ -164,7 +176,9 @@ impl Lab<'_> {
         let moved = Series {
             samples: vec![before.large.gb_per_second, after.large.gb_per_second],
         };
-        let unsteady = moved.spread().is_some_and(|spread| spread > SPREAD_MAX);
+        // Variants with lines of their own do not mind.
+        let unsteady = moved.spread().is_some_and(|spread| spread > SPREAD_MAX)
+            && runs.iter().all(|run| run.line.is_none());
         if unsteady && report.repeated_rounds < self.options.rounds {
             (self.say)("the drive changed its speed within this round: measuring it again");
             report.repeated_rounds += 1;
@@ -183,6 +197,27 @@ impl Lab<'_> {
         case.judge(&runs, &mean(before, after), &mut report.rows);
         report.rounds = number;
         Ok(())
+    }
+
+    /// Measures variants one after the other, each between two lines of the drive: in a round of a minute it may wander.
+    ///
+    /// # Errors
+    /// Those of fio; `Canceled`.
+    pub fn between_lines<T>(
+        &mut self,
+        variants: impl IntoIterator<Item = T>,
+        measure: impl Fn(&Self, T) -> Result<Run>,
+    ) -> Result<Vec<Run>> {
+        let mut before = self.lines()?;
+        let mut runs = Vec::new();
+        for variant in variants {
+            let mut run = measure(self, variant)?;
+            let after = self.lines()?;
+            run.line = Some(mean(before, after));
+            before = after;
+            runs.push(run);
+        }
+        Ok(runs)
     }
 
     fn lines(&mut self) -> Result<RoundLine> {
@@ -235,6 +270,20 @@ impl Lab<'_> {
             )),
         }
     }
+}
+
+/// Takes as much memory as the next program will, and gives it back. The host of a virtual machine takes memory away that
+/// the guest leaves free, and finds it again at a fraction of the speed: whoever came first would pay for all that follow.
+///
+/// # Errors
+/// What allocating says; not that there is less than asked for.
+pub fn touch_memory(bytes: u64) -> Result<()> {
+    let free_bytes = available_memory_bytes()?;
+    let bytes = align_down(bytes.min(free_bytes / 10 * 9), PAGE_2M);
+    if bytes > 0 {
+        drop(AlignedMemory::new(bytes, PAGE_2M)?);
+    }
+    Ok(())
 }
 
 /// A number of flea's answer.

@@ -168,9 +168,9 @@ pub struct CaseReport {
 }
 
 impl CaseReport {
-    /// True when the drive was not steady enough for ratios.
+    /// True when the drive changed its speed between rounds.
     #[must_use]
-    pub fn is_noisy(&self) -> bool {
+    pub fn has_wandered(&self) -> bool {
         self.fio_large
             .spread()
             .is_some_and(|spread| spread > SPREAD_MAX)
@@ -187,10 +187,9 @@ impl CaseReport {
     /// How many goals came out as `verdict`.
     #[must_use]
     pub fn count(&self, verdict: Verdict) -> usize {
-        let noisy = self.is_noisy();
         let measures = self.rows.rows.iter().flat_map(|row| &row.measures);
         measures
-            .filter(|measure| measure.verdict(noisy) == Some(verdict))
+            .filter(|measure| measure.verdict() == Some(verdict))
             .count()
     }
 
@@ -256,10 +255,10 @@ impl CaseReport {
                 );
             }
         }
-        if self.is_noisy() {
+        if self.has_wandered() {
             let _ = writeln!(
                 text,
-                "\n**NOISY: the drive's own line spread over more than {:.0} %, so ratios to it are not told.**",
+                "\nThe drive changed its speed by more than {:.0} % from round to round; ratios are to the lines right around each figure.",
                 SPREAD_MAX * 100.0
             );
         }
@@ -267,7 +266,6 @@ impl CaseReport {
     }
 
     fn table(&self) -> String {
-        let noisy = self.is_noisy();
         let mut names: Vec<&str> = Vec::new();
         for measure in self.rows.rows.iter().flat_map(|row| &row.measures) {
             if !names.contains(&measure.name.as_str()) {
@@ -285,7 +283,7 @@ impl CaseReport {
         for row in &self.rows.rows {
             let cells = names.iter().map(|name| {
                 let measure = row.measures.iter().find(|measure| measure.name == *name);
-                measure.map_or_else(String::new, |measure| measure.cell(noisy))
+                measure.map_or_else(String::new, |measure| measure.cell())
             });
             let cells: Vec<String> = cells.collect();
             let _ = writeln!(text, "| {} | {} |", row.label, cells.join(" | "));
@@ -406,11 +404,15 @@ mod tests {
             page.contains("Goals: 1 PASS, 0 MISS, 0 NOISY. Rows without a figure: 1."),
             "{page}"
         );
-        report.put(case(&[2.0, 1.0]));
+        let mut apart = case(&[2.0, 1.0]);
+        let ratio = Spec::ratio("of fio").goal(Goal::AtLeast(0.97));
+        apart.rows.add("flea 10 %", ratio, 0.7);
+        report.put(apart);
         assert_eq!(report.cases.len(), 1);
         let page = report.markdown(&[]);
         assert!(
-            page.contains("| flea 10 % | 1.95 | NOISY |") && page.contains("**NOISY:"),
+            page.contains("| flea 10 % | 1.95 | NOISY (0.700..0.980) |")
+                && page.contains("The drive changed its speed"),
             "{page}"
         );
         let text = serde_json::to_string(&report).unwrap();

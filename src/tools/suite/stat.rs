@@ -1,11 +1,11 @@
 //! Figures of repeated measurements: median, least, most, spread, and the verdict against a goal.
 //!
-//! Invariants: nothing is averaged away (every sample stays in the report), a ratio to the drive is not told when the
-//! drive itself was not steady, and the same samples always give the same text. No I/O here.
+//! Invariants: nothing is averaged away (every sample stays in the report), a ratio whose samples do not agree is not told
+//! as a figure, and the same samples always give the same text. No I/O here.
 
 use serde::{Deserialize, Serialize};
 
-/// The drive's own line may spread this much, most less least over the median; beyond it a ratio says nothing.
+/// Samples may spread this much, most less least over the median; beyond it a ratio says nothing, and a drive has changed.
 pub const SPREAD_MAX: f64 = 0.15;
 
 /// Samples in the order they were taken.
@@ -82,7 +82,7 @@ pub enum Verdict {
     Pass,
     /// Not reached.
     Miss,
-    /// The drive was not steady enough to say.
+    /// The samples lie too far apart to say.
     Noisy,
     /// Not measured.
     Missing,
@@ -108,7 +108,7 @@ pub struct Measure {
     pub name: String,
     /// Decimals that mean something.
     pub decimals: u32,
-    /// True for a figure that is only worth telling while the drive is steady: a ratio to its line.
+    /// True for a figure that is only worth telling where its samples agree: a ratio to the drive's line.
     pub ratio: bool,
     /// What it has to reach.
     pub goal: Option<Goal>,
@@ -117,36 +117,50 @@ pub struct Measure {
 }
 
 impl Measure {
-    /// The verdict, if there is a goal.
+    /// A ratio of which the samples lie too far apart.
+    fn is_noisy(&self) -> bool {
+        self.ratio
+            && self
+                .series
+                .spread()
+                .is_some_and(|spread| spread > SPREAD_MAX)
+    }
+
+    /// The verdict, if there is a goal. What every sample reaches is reached, however far apart they lie.
     #[must_use]
-    pub fn verdict(&self, drive_is_noisy: bool) -> Option<Verdict> {
+    pub fn verdict(&self) -> Option<Verdict> {
         let goal = self.goal?;
+        let met = |value: &f64| goal.is_met(*value);
         Some(match self.series.median() {
             None => Verdict::Missing,
-            Some(_) if self.ratio && drive_is_noisy => Verdict::Noisy,
+            Some(_) if self.series.samples.iter().all(met) => Verdict::Pass,
+            Some(_) if self.is_noisy() => Verdict::Noisy,
             Some(median) if goal.is_met(median) => Verdict::Pass,
             Some(_) => Verdict::Miss,
         })
     }
 
-    /// The cell of a table: the median with its range, `NOISY` for a ratio that says nothing, and the verdict.
+    /// The cell of a table: the median with its range and the verdict; `NOISY` and the range for a ratio that says nothing.
     #[must_use]
-    pub fn cell(&self, drive_is_noisy: bool) -> String {
+    pub fn cell(&self) -> String {
         let decimals = self.decimals as usize;
         let (Some(median), Some(min), Some(max)) =
             (self.series.median(), self.series.min(), self.series.max())
         else {
             return "-".to_owned();
         };
-        if self.ratio && drive_is_noisy {
-            return Verdict::Noisy.name().to_owned();
+        if self.is_noisy() && self.verdict() != Some(Verdict::Pass) {
+            return format!(
+                "{} ({min:.decimals$}..{max:.decimals$})",
+                Verdict::Noisy.name()
+            );
         }
         let mut text = format!("{median:.decimals$}");
         let ends = [format!("{min:.decimals$}"), format!("{max:.decimals$}")];
         if ends[0] != ends[1] {
             text += &format!(" ({}..{})", ends[0], ends[1]);
         }
-        if let Some(verdict) = self.verdict(drive_is_noisy) {
+        if let Some(verdict) = self.verdict() {
             text += &format!(" {}", verdict.name());
         }
         text
@@ -186,21 +200,24 @@ mod tests {
     }
 
     #[test]
-    fn a_noisy_drive_hides_ratios_and_nothing_else() {
-        let reached = measure(&[0.98, 0.97, 0.99], Goal::AtLeast(0.97));
-        assert_eq!(reached.verdict(false), Some(Verdict::Pass));
-        assert_eq!(reached.cell(false), "0.98 (0.97..0.99) PASS");
+    fn samples_that_disagree_hide_a_ratio_and_nothing_else() {
+        let reached = measure(&[0.98, 0.96, 0.99], Goal::AtLeast(0.97));
+        assert_eq!(reached.verdict(), Some(Verdict::Pass));
+        assert_eq!(reached.cell(), "0.98 (0.96..0.99) PASS");
+        let apart = measure(&[0.98, 0.80, 0.99], Goal::AtLeast(0.97));
         assert_eq!(
-            (reached.verdict(true), reached.cell(true)),
-            (Some(Verdict::Noisy), "NOISY".to_owned())
+            (apart.verdict(), apart.cell()),
+            (Some(Verdict::Noisy), "NOISY (0.80..0.99)".to_owned())
         );
+        let far = measure(&[8.0, 12.0, 9.0], Goal::AtLeast(5.0));
+        assert_eq!(far.cell(), "9.00 (8.00..12.00) PASS");
         let absolute = Measure {
             ratio: false,
-            ..measure(&[1.3], Goal::AtMost(1.2))
+            ..measure(&[1.3, 0.9, 1.4], Goal::AtMost(1.2))
         };
-        assert_eq!(absolute.cell(true), "1.30 MISS");
+        assert_eq!(absolute.cell(), "1.30 (0.90..1.40) MISS");
         assert_eq!(
-            measure(&[], Goal::AtMost(1.0)).verdict(false),
+            measure(&[], Goal::AtMost(1.0)).verdict(),
             Some(Verdict::Missing)
         );
     }
