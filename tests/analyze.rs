@@ -134,6 +134,7 @@ fn components_sum_up_and_json_is_stable() {
             "geometry",
             "components",
             "total_bytes",
+            "kv_bytes_per_token",
             "devices",
             "verdict",
             "exit_code"

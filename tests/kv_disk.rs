@@ -2,8 +2,11 @@
 //! they were moved; with a codec the answer changes, always in the same way; and what goes wrong is said.
 #![cfg(feature = "run")]
 
+#[path = "common/analyzing.rs"]
+mod analyzing;
 mod common;
 
+use analyzing::answer;
 use common::{flea, json, number, output, synth};
 use flea::host::kv_disk::KvDiskOptions;
 use flea::host::{KvType, Session, SessionOptions, StreamOptions};
@@ -121,6 +124,49 @@ fn no_bit_changes_in_llama() {
 #[test]
 fn no_bit_changes_where_experts_are_fetched() {
     check("mixtral");
+}
+
+/// `flea plan` and `flea analyze` count what the run holds of keys and values, and what they cost without a drive.
+#[test]
+fn the_ring_is_planned() {
+    let model = model("llama");
+    let directory = directory();
+    let place = directory.path().to_str().expect("a path");
+    let result = on_disk(&model, directory.path(), &["--kv-type", "q8_0"]);
+    let plan = |extra: &[&str]| {
+        let mut command = flea();
+        command.arg("plan").arg(&model).args(["--memory", "60%"]);
+        command.args(["--ctx", "1024", "--ubatch", "128", "--kv-type", "q8_0"]);
+        json(command.arg("--json").args(extra))
+    };
+    let (drive, memory) = (plan(&["--kv-disk", place]), plan(&[]));
+    assert!(memory["kv"].is_null());
+    let (ring, cache) = (
+        number(&drive["kv"], "memory_bytes"),
+        number(&drive["kv"], "cache_bytes"),
+    );
+    assert_eq!(ring, number(&result["kv_disk"], "ring_bytes"));
+    assert_eq!(cache, number(&result["kv_disk"], "cache_bytes"));
+    let saved = number(&memory, "host_bytes") - number(&drive, "host_bytes");
+    // An estimate is rounded to 64 KiB.
+    assert!((saved - (cache - ring)).abs() <= 65536.0, "{saved}");
+    let off = number(&drive, "host_bytes") / number(&result, "host_bytes") - 1.0;
+    assert!(off.abs() < 0.05, "{off}");
+
+    let path = model.to_str().expect("a path");
+    let ask = |more: &[&str]| {
+        let base = [path, "--context", "1024", "--memory"];
+        answer(&[&base[..], more].concat())
+    };
+    let slots = ["--kv-slots", "3"];
+    let (value, _) = ask(&[&["1GiB"][..], &slots].concat());
+    assert_eq!(number(&value, "kv_bytes_per_token"), 8.0 * 1024.0 * 512.0);
+    let least = value["devices"][0]["smallest_bytes"].to_string();
+    assert_eq!(ask(&[&[least.as_str()][..], &slots].concat()).1, 11);
+    let (value, code) = ask(&[&least]);
+    assert_eq!(code, 12);
+    let missing = number(&value["devices"][0], "missing_bytes");
+    assert!((missing - 5.0 * 1024.0 * 512.0).abs() <= 65536.0, "{value}");
 }
 
 /// Sliding windows that are shorter than the prompt, so that rows are written again and again: two caches of different

@@ -3,6 +3,8 @@
 
 #![cfg(feature = "run")]
 
+#[path = "common/analyzing.rs"]
+mod analyzing;
 mod common;
 #[path = "common/generate.rs"]
 mod generate;
@@ -118,6 +120,43 @@ fn short_tables_stay_with_the_host() {
             .args(["--memory", "60%", "--json"]),
     );
     assert!(plan["rows"].is_null(), "{plan}");
+}
+
+/// With ever less memory: everything resident, the table on the drive, layers streamed. The same figures as `flea plan`.
+#[test]
+fn the_verdict_knows_rows() {
+    let model = model("llama", "f16", "40000", &[]);
+    let path = model.to_str().expect("a path");
+    let ask = |memory: &str| analyzing::answer(&[path, "--memory", memory]);
+    let (whole, code) = ask("4GiB");
+    assert_eq!(
+        (code, &whole["verdict"]),
+        (0, &Value::from("resident")),
+        "{whole}"
+    );
+    let command = |value: &Value| value["devices"][0]["command"].to_string();
+    assert!(command(&whole).contains("--host-rows"), "{whole}");
+
+    let plan = &whole["devices"][0]["plan"];
+    let need = number(plan, "host_bytes") + number(plan, "resident_bytes");
+    assert_eq!(ask(&(need as u64).to_string()).1, 0);
+    let (rows, code) = ask(&((need - 1e6) as u64).to_string());
+    assert_eq!((code, &rows["verdict"]), (10, &Value::from("rows")));
+    assert!(!command(&rows).contains("--host-rows"), "{rows}");
+    assert_eq!(number(&rows["devices"][0], "streamed_bytes_per_token"), 0.0);
+
+    let (streamed, code) = ask("60%");
+    assert_eq!((code, &streamed["verdict"]), (11, &Value::from("streamed")));
+    let mut plan = flea();
+    plan.arg("plan").arg(&model);
+    let plan = json(plan.args(["--memory", "60%", "--json"]));
+    let device = &streamed["devices"][0];
+    assert_eq!(plan["total_bytes"], device["memory_bytes"]);
+    assert_eq!(plan["peak_memory_bytes"], device["need_bytes"]);
+    assert_eq!(
+        plan["streamed_bytes_per_pass"],
+        device["streamed_bytes_per_token"]
+    );
 }
 
 #[cfg(feature = "faults")]

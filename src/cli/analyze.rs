@@ -14,13 +14,14 @@ use serde_json::{Value, json};
 
 use super::plan::{CONTEXT_DEFAULT_COUNT, not_negative, positive};
 use super::table::{Align, Table};
+use super::values;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::profile::{self, Device as Drive, Found, Profile};
 use crate::mem::limits::available_memory_bytes;
 use crate::tools::analyze::dhurandhar::{self, Ask};
 use crate::tools::analyze::verdict::{judge, largest};
 use crate::tools::analyze::{
-    Breakdown, Device, KvStore, Question, Source, Strip, Verdict, device, registry, remote, source,
+    Breakdown, Device, KvStore, Question, Source, Strip, device, registry, remote, source,
     weight_bits,
 };
 use crate::units::{HumanBytes, MIB, MemorySpec};
@@ -67,6 +68,10 @@ pub struct Args {
     /// How keys and values are stored: a type of llama.cpp's cache (f16, q8_0), a codec (tq:4), or a number of bits
     #[arg(long, value_name = "TYPE", default_value = "f16")]
     kv_type: KvStore,
+
+    /// Keys and values of so many layers in memory, the others on the drive: flea run --kv-disk DIR --kv-slots N
+    #[arg(long, value_name = "N", value_parser = values::slots)]
+    kv_slots: Option<u32>,
 
     /// Devices: their names, all, a file of devices (.toml), a profile of flea probe (.json) [default: all, or --memory]
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
@@ -159,9 +164,8 @@ pub(super) fn examine(args: &Args, model: &str, source: &Source) -> Result<Repor
             None => judge_description(source, &question, &breakdown, candidate)?,
         });
     }
-    let has_tables = breakdown.row_table_bytes > 0 && filed.is_none();
     for device in devices.iter_mut().filter(|device| device.runs()) {
-        device.command = command_line(model, source, &question, device, has_tables);
+        device.command = Some(command_line(model, source, &question, device));
     }
     Ok(Report::new(
         model,
@@ -182,6 +186,7 @@ fn question(args: &Args, source: &Source) -> Question {
         context_count: args.context.unwrap_or(most.min(CONTEXT_DEFAULT_COUNT)),
         weight_bits: args.weight_bits.unwrap_or(WEIGHT_BITS_DEFAULT),
         kv: args.kv_type,
+        kv_slots_count: args.kv_slots,
         strip: Strip::new(&args.strip),
     }
 }
@@ -279,22 +284,22 @@ fn judge_description(
     };
     let runs = |count| at(count).is_ok_and(|verdict| verdict.exit_code() < 12);
     let resident = |count| at(count).is_ok_and(|verdict| verdict.exit_code() == 0);
-    Ok(DeviceReport::described(
+    let report = DeviceReport::described(
         device,
         &judgement,
         largest(most, runs),
         largest(most, resident),
-    ))
+    );
+    Ok(report.with_tables(breakdown.row_table_bytes > 0))
 }
 
-/// What to type on that device. `None` for layers that are streamed beside tables of rows: `flea run` keeps such tables.
+/// What to type on that device.
 fn command_line(
     model: &str,
     source: &Source,
     question: &Question,
     device: &DeviceReport,
-    has_tables: bool,
-) -> Option<String> {
+) -> String {
     let is_file = source.catalog.is_some() && !remote::is_url(model);
     let file = if is_file {
         model.to_owned()
@@ -311,20 +316,25 @@ fn command_line(
         bytes if bytes.is_multiple_of(MIB) => format!("{}MiB", bytes / MIB),
         bytes => bytes.to_string(),
     };
-    let place = match device.verdict {
-        // llama.cpp maps the file: rows are read where they are used, the page cache keeps the rest.
-        verdict if verdict == Verdict::Rows.name() => "--no-stream".to_owned(),
-        verdict if verdict == Verdict::Streamed.name() && has_tables => return None,
-        _ => format!("--memory {memory}"),
-    };
-    let kv = match question.kv {
-        kv if kv == KvStore::default() => String::new(),
-        KvStore::Type(dtype) => format!(" --kv-type {}", dtype.name()),
-        // Codecs of flea's are not yet types of llama.cpp's cache.
-        _ => String::new(),
-    };
     let context = question.context_count;
-    Some(format!("flea run {quoted} {place} --ctx {context}{kv}"))
+    let mut line = format!("flea run {quoted} --memory {memory} --ctx {context}");
+    if let Some(slots_count) = question.kv_slots_count {
+        line += &format!(" --kv-disk DIR --kv-slots {slots_count}");
+    }
+    match question.kv {
+        kv if kv == KvStore::default() => {}
+        KvStore::Type(dtype) => line += &format!(" --kv-type {}", dtype.name()),
+        KvStore::Coded(choice) if question.kv_slots_count.is_some() => {
+            line += &format!(" --kv-type {choice}");
+        }
+        // Codecs are no types of llama.cpp's cache: in memory nothing is coded.
+        KvStore::Coded(_) | KvStore::Bits(_) => {}
+    }
+    // Tables of rows are read row by row unless everything is to be in memory.
+    if device.holds_tables {
+        line += " --host-rows";
+    }
+    line
 }
 
 /// The name that a GGUF of a described model would have.
@@ -351,6 +361,7 @@ pub(super) fn tokens_per_second(model: &str, device: &Device) -> Result<f64> {
         }),
         weight_bits: WEIGHT_BITS_DEFAULT,
         kv: KvStore::default(),
+        kv_slots_count: None,
         strip: Strip::new(&[Strip::ALL.to_owned()]),
     };
     let report = match &source.catalog {

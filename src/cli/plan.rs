@@ -11,40 +11,37 @@ use clap::builder::TypedValueParser;
 use serde::Serialize;
 
 use super::table::{Align, Table};
+use super::values;
 use crate::error::Result;
 use crate::io::profile::{self, Device, Found};
 use crate::model::Catalog;
-use crate::plan::budget::{HostShape, resolve_and_plan, smallest_total_bytes};
+use crate::plan::budget::{resolve_and_plan, smallest_total_bytes};
 use crate::plan::experts::has_experts;
 use crate::plan::{
-    Budget, ExpertOptions, Method, Plan, PlanOptions, SLOTS_DEFAULT, SLOTS_MAX, SLOTS_MIN,
-    default_page_bytes, peak_bytes,
+    Budget, ExpertOptions, Method, Plan, PlanOptions, SLOTS_DEFAULT, default_page_bytes, peak_bytes,
 };
 use crate::units::{HumanBytes, MemorySpec, PAGE_4K};
 
 mod experts;
+mod host;
 pub mod prediction;
 mod rows;
 
 use experts::ExpertReport;
+pub(super) use host::{CONTEXT_DEFAULT_COUNT, KvArgs, UBATCH_DEFAULT_COUNT, host_shape};
+use host::{KvReport, estimate};
 use prediction::{Basis, PredictionReport};
 use rows::RowsReport;
-
-/// Context that `flea run` takes unless told otherwise, or the model's if that is shorter.
-pub(super) const CONTEXT_DEFAULT_COUNT: u64 = 4096;
-/// llama.cpp's cache holds a multiple of this.
-const CONTEXT_STEP_COUNT: u64 = 256;
-/// Tokens of a ubatch that `flea run` takes unless told otherwise.
-pub(super) const UBATCH_DEFAULT_COUNT: u32 = 512;
 
 const EXAMPLES: &str = "\
 Examples:
   flea plan model.gguf --memory 4GiB
   flea plan model.gguf --memory 50% --drive-gbps 2.4 --compute-seconds 0.25
   flea plan model.gguf --memory 8GiB --layers
+  flea plan model.gguf --memory 8GiB --ctx 65536 --kv-disk /var/tmp
 
-Without --host-bytes, what `flea run` holds besides the weights is estimated from --ctx and --ubatch. The prediction
-comes from the drive's profile, which `flea probe` measures; --drive-gbps and --compute-seconds overrule it.
+Without --host-bytes, what `flea run` holds besides the weights is estimated from --ctx, --ubatch and the KV cache. The
+prediction is for a short text, before a cache on the drive has much to read; it comes from the drive's profile, which `flea probe` measures; --drive-gbps and --compute-seconds overrule it.
 Exit code 4: the budget is too small; the message names the smallest one that works.";
 
 /// Show what a memory budget means for a model: what stays in memory, what is streamed, how fast that is
@@ -64,7 +61,7 @@ pub struct Args {
     pub host_bytes: Option<u64>,
 
     /// Slots of the ring
-    #[arg(long, value_name = "N", default_value_t = SLOTS_DEFAULT, value_parser = slots)]
+    #[arg(long, value_name = "N", default_value_t = SLOTS_DEFAULT, value_parser = values::slots)]
     pub slots: u32,
 
     /// Page size [default: 2 MiB where layers are 32 MiB or more, else 4 KiB]
@@ -78,6 +75,10 @@ pub struct Args {
     /// Prompt tokens the host computes in one pass
     #[arg(long, value_name = "TOKENS", default_value_t = UBATCH_DEFAULT_COUNT, value_parser = super::count)]
     pub ubatch: u32,
+
+    /// Keys and values.
+    #[command(flatten)]
+    pub kv: KvArgs,
 
     /// The drive's rate in GB/s (10^9 bytes), for the prediction [default: the drive's profile]
     #[arg(long, value_name = "X", value_parser = positive)]
@@ -112,15 +113,6 @@ fn page_bytes_parser() -> impl TypedValueParser<Value = u64> {
     PossibleValuesParser::new(["4096", "2097152"]).try_map(|text| text.parse::<u64>())
 }
 
-fn slots(text: &str) -> std::result::Result<u32, String> {
-    let count = super::count(text)?;
-    if (SLOTS_MIN..=SLOTS_MAX).contains(&count) {
-        Ok(count)
-    } else {
-        Err(format!("must be {SLOTS_MIN} to {SLOTS_MAX}"))
-    }
-}
-
 pub(super) fn positive(text: &str) -> std::result::Result<f64, String> {
     match text.trim().parse::<f64>() {
         Ok(value) if value > 0.0 && value.is_finite() => Ok(value),
@@ -140,6 +132,7 @@ pub(super) fn not_negative(text: &str) -> std::result::Result<f64, String> {
 /// # Errors
 /// What reading the headers says; `Refused` when the budget does not do.
 pub fn command(args: &Args) -> Result<()> {
+    args.kv.check()?;
     let (catalog, files) = crate::engine::read_catalog(&args.model)?;
     let drive = files.first().map(Device::of_shard);
     let found = drive.map_or(Found::Nothing, |drive| profile::find(&drive));
@@ -179,6 +172,8 @@ pub(super) struct Report {
     pub(super) experts: Option<ExpertReport>,
     /// Embeddings that are read row by row; `null` where the host keeps them.
     pub(super) rows: Option<RowsReport>,
+    /// Keys and values on a drive; `null` where memory holds them.
+    pub(super) kv: Option<KvReport>,
     /// The most the host will hold, once its context is full and a prompt has filled a ubatch.
     pub(super) peak_memory_bytes: u64,
     /// Where the prediction's figures come from.
@@ -253,6 +248,7 @@ impl Report {
             transient_layers_count: plan.transient_layers_count(),
             experts: plan.experts.as_ref().map(ExpertReport::new),
             rows: RowsReport::new(catalog, args.host_rows),
+            kv: KvReport::new(args, catalog),
             peak_memory_bytes: peak_bytes(plan, budget.host_bytes),
             profile: String::new(),
             prediction: None,
@@ -307,6 +303,9 @@ impl Report {
         };
         if let Some(rows) = &self.rows {
             table.field("rows", rows.text());
+        }
+        if let Some(kv) = &self.kv {
+            table.field("keys and values", kv.text());
         }
         table.field(
             self.streamed_label(),
@@ -378,29 +377,6 @@ pub(super) fn method(args: &Args, catalog: &Catalog) -> Method {
         skew: args.expert_skew,
     };
     Method::Experts { layers, experts }
-}
-
-/// What `flea run` with its defaults would hold besides the weights.
-fn estimate(args: &Args, catalog: &Catalog) -> u64 {
-    host_shape(args, catalog).host_bytes()
-}
-
-/// The host whose memory is estimated.
-pub(super) fn host_shape(args: &Args, catalog: &Catalog) -> HostShape {
-    let own_count = catalog
-        .context_length
-        .map_or(CONTEXT_DEFAULT_COUNT, |length| {
-            length.min(CONTEXT_DEFAULT_COUNT)
-        });
-    let context_count = args.ctx.map_or(own_count, u64::from);
-    // llama.cpp rounds the cells of its cache up; no ubatch is larger than the context.
-    let context_count = context_count.next_multiple_of(CONTEXT_STEP_COUNT);
-    let ubatch_count = u64::from(args.ubatch).min(context_count);
-    let mut shape = HostShape::of_catalog(catalog, context_count, ubatch_count);
-    if let Some(rows) = RowsReport::new(catalog, args.host_rows) {
-        shape.host_tensor_bytes = rows.kept_bytes(shape.host_tensor_bytes);
-    }
-    shape
 }
 
 fn layer_reports(catalog: &Catalog, plan: &Plan) -> Vec<LayerReport> {
@@ -589,6 +565,9 @@ mod tests {
             "--ubatch 0",
             "--memory 0%",
             "--memory much",
+            "--kv-slots 4",
+            "--kv-disk . --kv-slots 1",
+            "--kv-type int3",
         ] {
             assert!(parse(line).is_err(), "{line}");
         }

@@ -5,6 +5,8 @@
 //! figure that cannot be had is refused, never lowered. Part of plan: file -> catalog -> **plan** -> reader -> pool ->
 //! lease -> host.
 
+use std::collections::BTreeMap;
+
 use super::{Method, Plan};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Catalog, Tensor};
@@ -190,8 +192,14 @@ pub struct HostShape {
     pub context_count: u64,
     /// Elements that all layers together keep in the KV cache per token: their K rows and their V rows.
     pub kv_elements_per_token_count: u64,
-    /// Bytes of one such element; 2 for f16.
-    pub kv_element_bytes: u64,
+    /// The most that one of the layers keeps.
+    pub kv_layer_elements_count: u64,
+    /// Layers that keep any.
+    pub kv_layers_count: u64,
+    /// Layers whose keys and values have memory at a time while a drive holds all of them; 0 = memory holds all.
+    pub kv_slots_count: u64,
+    /// Bytes of [`KV_BLOCK_COUNT`] elements: 64 for f16.
+    pub kv_block_bytes: u64,
     /// Width of the hidden state.
     pub embedding_count: u64,
     /// Width of the feed-forward layer; with experts, of all that one token uses.
@@ -201,6 +209,9 @@ pub struct HostShape {
     /// Tokens of one ubatch.
     pub ubatch_count: u64,
 }
+
+/// Elements in a block of every type that llama.cpp's cache takes, or a multiple of that.
+pub const KV_BLOCK_COUNT: u64 = 32;
 
 /// The program and llama.cpp's own structures, without any model: anonymous memory, as a budget counts it. `flea run` of
 /// three models (7 MB, 300 MiB of experts, a split one) held 28.9 to 32.5 MiB less than an estimate with 32 MiB here.
@@ -221,12 +232,23 @@ impl HostShape {
         let mut shape = Self {
             host_tensor_bytes: catalog.host_tensor_bytes,
             context_count,
-            kv_element_bytes: 2,
+            kv_block_bytes: 2 * KV_BLOCK_COUNT,
             ubatch_count,
             ..Self::default()
         };
+        let mut kv_elements: BTreeMap<_, u64> = BTreeMap::new();
         for tensor in &catalog.tensors {
             shape.take(tensor);
+            let layer = kv_elements
+                .entry(tensor.layers.map(|span| span.first))
+                .or_default();
+            *layer = layer.saturating_add(kv_elements_of(tensor));
+        }
+        for &count in kv_elements.values().filter(|count| **count > 0) {
+            shape.kv_layers_count += 1;
+            shape.kv_layer_elements_count = shape.kv_layer_elements_count.max(count);
+            shape.kv_elements_per_token_count =
+                shape.kv_elements_per_token_count.saturating_add(count);
         }
         let is_routed = catalog
             .tensors
@@ -242,18 +264,6 @@ impl HostShape {
         let [columns, rows, ..] = tensor.shape;
         let name = tensor.name.as_str();
         let is = |suffixes: &[&str]| suffixes.iter().any(|suffix| name.ends_with(suffix));
-        let kv_elements = if is(&[".attn_k.weight", ".attn_v.weight", ".attn_kv_a_mqa.weight"])
-            || is(&[".k_proj.weight", ".v_proj.weight"])
-        {
-            rows
-        } else if is(&[".attn_qkv.weight"]) {
-            // Q is as wide as the hidden state in the architectures that fuse; K and V are the rest.
-            rows.saturating_sub(columns)
-        } else {
-            0
-        };
-        self.kv_elements_per_token_count =
-            self.kv_elements_per_token_count.saturating_add(kv_elements);
         if is(&[".ffn_up.weight", ".ffn_up_exps.weight", ".up_proj.weight"]) {
             self.feed_forward_count = self.feed_forward_count.max(rows);
         }
@@ -265,10 +275,26 @@ impl HostShape {
 
     /// The KV cache, all of it: llama.cpp allocates the whole context at the start.
     #[must_use]
+    pub fn kv_cache_bytes(&self) -> u64 {
+        self.kv_bytes_of(self.kv_elements_per_token_count)
+    }
+
+    /// What memory holds of it: all, or its slots.
+    #[must_use]
     pub fn kv_bytes(&self) -> u64 {
+        if self.kv_slots_count == 0 {
+            return self.kv_cache_bytes();
+        }
+        let slots_count = self.kv_slots_count;
+        let ring = self.kv_bytes_of(self.kv_layer_elements_count.saturating_mul(slots_count));
+        ring.min(self.kv_cache_bytes())
+    }
+
+    fn kv_bytes_of(&self, elements_per_token_count: u64) -> u64 {
         self.context_count
-            .saturating_mul(self.kv_elements_per_token_count)
-            .saturating_mul(self.kv_element_bytes)
+            .saturating_mul(elements_per_token_count)
+            .div_ceil(KV_BLOCK_COUNT)
+            .saturating_mul(self.kv_block_bytes)
     }
 
     /// ggml's compute memory for one ubatch: the widest stage of a layer, and the attention mask in f16. Logits are one
@@ -303,6 +329,22 @@ impl HostShape {
             .saturating_add(HOST_PROGRAM_BYTES + HOST_RESERVE_BYTES);
         // Whole 64 KiB: an estimate should not look like a measurement.
         sum.div_ceil(64 * KIB).saturating_mul(64 * KIB)
+    }
+}
+
+/// Elements of a K or V row, or of both, that a token leaves in the cache through this tensor.
+fn kv_elements_of(tensor: &Tensor) -> u64 {
+    let [columns, rows, ..] = tensor.shape;
+    let is = |suffixes: &[&str]| suffixes.iter().any(|suffix| tensor.name.ends_with(suffix));
+    if is(&[".attn_k.weight", ".attn_v.weight", ".attn_kv_a_mqa.weight"])
+        || is(&[".k_proj.weight", ".v_proj.weight"])
+    {
+        rows
+    } else if is(&[".attn_qkv.weight"]) {
+        // Q is as wide as the hidden state in the architectures that fuse; K and V are the rest.
+        rows.saturating_sub(columns)
+    } else {
+        0
     }
 }
 
@@ -455,13 +497,30 @@ mod tests {
             host_tensor_bytes: 0,
             context_count: 4096,
             kv_elements_per_token_count: 32 * 2 * 8 * 128,
-            kv_element_bytes: 2,
+            kv_layer_elements_count: 2 * 8 * 128,
+            kv_layers_count: 32,
+            kv_slots_count: 0,
+            kv_block_bytes: 2 * KV_BLOCK_COUNT,
             embedding_count: 4096,
             feed_forward_count: 14336,
             vocabulary_count: 128_256,
             ubatch_count: 512,
         };
         assert_eq!(shape.kv_bytes(), 512 * MIB);
+        let on_drive = HostShape {
+            kv_slots_count: 3,
+            ..shape
+        };
+        assert_eq!(
+            (on_drive.kv_bytes(), on_drive.kv_cache_bytes()),
+            (48 * MIB, 512 * MIB)
+        );
+        assert_eq!(shape.host_bytes() - on_drive.host_bytes(), 464 * MIB);
+        let in_q8_0 = HostShape {
+            kv_block_bytes: 34,
+            ..shape
+        };
+        assert_eq!(in_q8_0.kv_bytes(), 272 * MIB);
         let token_bytes = (4 * 14336 + 2 * 4096) * 4 + 2 * 4096;
         assert_eq!(shape.compute_bytes(), 512 * token_bytes + 128_256 * 4);
         let host_bytes = shape.host_bytes();
@@ -481,11 +540,12 @@ mod tests {
             host_tensor_bytes: 32_000 * 1536 * 34 / 32,
             context_count,
             kv_elements_per_token_count: 35 * 2 * 3 * 128,
-            kv_element_bytes: 2,
+            kv_block_bytes: 2 * KV_BLOCK_COUNT,
             embedding_count: 1536,
             feed_forward_count: 4352,
             vocabulary_count: 32_000,
             ubatch_count,
+            ..HostShape::default()
         };
         for (context_count, ubatch_count, measured_mib) in [
             (256, 64, 111.1),

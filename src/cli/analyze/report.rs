@@ -28,6 +28,8 @@ pub(in crate::cli) struct Report {
     geometry: Value,
     components: Vec<Value>,
     total_bytes: u64,
+    /// Keys and values on the drive, which a token reads with a full context, beside weights.
+    kv_bytes_per_token: u64,
     devices: Vec<DeviceReport>,
     /// The worst of the devices'.
     verdict: &'static str,
@@ -58,7 +60,10 @@ pub(super) struct DeviceReport {
     largest_context_count: Option<u64>,
     /// The largest context with which everything stays in memory.
     largest_resident_context_count: Option<u64>,
-    /// What to type there.
+    /// Tables whose rows `flea run` would read are in memory with the rest.
+    #[serde(skip)]
+    pub(super) holds_tables: bool,
+    /// What to type there; `null` where it does not run.
     pub(super) command: Option<String>,
     /// The plan of `flea plan`, where the model's files are there.
     plan: Option<plan::Report>,
@@ -89,6 +94,7 @@ impl DeviceReport {
             whole_layers_tokens_per_second: judgement.whole_tokens_per_second,
             largest_context_count: largest,
             largest_resident_context_count: largest_resident,
+            holds_tables: false,
             command: None,
             plan: None,
         }
@@ -126,9 +132,30 @@ impl DeviceReport {
             whole_layers_tokens_per_second: None,
             largest_context_count: largest,
             largest_resident_context_count: largest_resident,
+            holds_tables: false,
             command: None,
             plan: report,
         }
+    }
+
+    /// The same of a model with tables whose rows `flea run` would read: in memory with the rest where all is.
+    pub(super) fn with_tables(self, has_tables: bool) -> Self {
+        let holds_tables = has_tables && self.exit_code == Verdict::Resident.exit_code();
+        Self {
+            holds_tables,
+            ..self
+        }
+    }
+
+    /// The same where a token of a full context reads so many bytes of keys and values besides: no faster than the drive.
+    pub(super) fn with_kv_read(mut self, kv_bytes: u64) -> Self {
+        if kv_bytes > 0
+            && let (Some(tokens), Some(drive)) = (self.tokens_per_second, self.drive_gb_per_second)
+        {
+            let read_bytes = self.streamed_bytes_per_token.saturating_add(kv_bytes);
+            self.tokens_per_second = Some(tokens.min(drive * 1e9 / read_bytes as f64));
+        }
+        self
     }
 
     /// Whether its speed is only a bound of what is read.
@@ -171,6 +198,7 @@ impl Report {
                 .map(|part| json!({"name": part.name, "what": part.what, "bytes": part.bytes}))
                 .collect(),
             total_bytes: breakdown.total_bytes(),
+            kv_bytes_per_token: breakdown.kv_drive_bytes,
             verdict: worst.map_or(Verdict::Resident.name(), |device| device.verdict),
             exit_code: worst.map_or(0, |device| device.exit_code),
             devices,
@@ -220,11 +248,12 @@ impl Report {
                     "{name}: only chosen experts are read; through the daemon whole layers are, {bytes} per token, {rate} tokens/s"
                 ));
             }
-            if device.runs() && device.command.is_none() {
-                notes.push(format!(
-                    "{name}: a bound only; flea run keeps per-layer tables in memory and does not stream layers beside them"
-                ));
-            }
+        }
+        if self.kv_bytes_per_token > 0 {
+            notes.push(format!(
+                "with a full context a token also reads {} of keys and values",
+                HumanBytes(self.kv_bytes_per_token)
+            ));
         }
         notes
     }

@@ -309,32 +309,25 @@ impl Geometry {
     #[must_use]
     pub fn kv_groups(&self, context_count: u64) -> Vec<KvGroup> {
         let mut groups: Vec<KvGroup> = Vec::new();
-        let kept = self.blocks.iter().filter_map(|block| block.attention);
-        for attention in kept.filter(|attention| !attention.shares_kv) {
-            let kind = attention.kind();
-            let tokens = attention
-                .window_count
-                .unwrap_or(u64::MAX)
-                .min(context_count);
-            let count = u128::from(tokens) * u128::from(attention.kv_head_count);
-            for vector_count in [attention.key_count, attention.value_count] {
-                let same =
-                    |group: &&mut KvGroup| group.kind == kind && group.vector_count == vector_count;
-                if vector_count == 0 || count == 0 {
-                    continue;
-                }
-                match groups.iter_mut().find(same) {
-                    Some(group) => group.count += count,
-                    None => groups.push(KvGroup {
-                        kind,
-                        vector_count,
-                        count,
-                    }),
-                }
+        for kept in self.kv_layers(context_count).flatten() {
+            let same = |group: &&mut KvGroup| {
+                group.kind == kept.kind && group.vector_count == kept.vector_count
+            };
+            match groups.iter_mut().find(same) {
+                Some(group) => group.count += kept.count,
+                None => groups.push(kept),
             }
         }
         groups.sort_by_key(|group| (group.kind, std::cmp::Reverse(group.vector_count)));
         groups
+    }
+
+    /// The same layer by layer, of those that keep any: keys, values.
+    pub fn kv_layers(&self, context_count: u64) -> impl Iterator<Item = Vec<KvGroup>> {
+        let kept = self.blocks.iter().filter_map(|block| block.attention);
+        let own = kept.filter(|attention| !attention.shares_kv);
+        let groups = own.map(move |attention| attention.kv_groups(context_count));
+        groups.filter(|groups| !groups.is_empty())
     }
 
     /// The lengths of the vectors it keeps, each once.
@@ -432,5 +425,19 @@ impl Attention {
             Some(_) => KvKind::Windowed,
             None => KvKind::Full,
         }
+    }
+
+    /// The vectors it keeps of a context of so many tokens.
+    fn kv_groups(&self, context_count: u64) -> Vec<KvGroup> {
+        let tokens = self.window_count.unwrap_or(u64::MAX).min(context_count);
+        let count = u128::from(tokens) * u128::from(self.kv_head_count);
+        let group = |vector_count| KvGroup {
+            kind: self.kind(),
+            vector_count,
+            count,
+        };
+        let groups = [self.key_count, self.value_count].map(group);
+        let kept = |group: &KvGroup| group.vector_count > 0 && group.count > 0;
+        groups.into_iter().filter(kept).collect()
     }
 }

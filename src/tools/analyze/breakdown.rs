@@ -2,8 +2,8 @@
 
 use super::kv_store::KvStore;
 use crate::error::{Error, ErrorKind, Result};
-use crate::model::arch::{Encoder, Geometry, KvKind};
-use crate::units::MIB;
+use crate::model::arch::{Encoder, Geometry, KvGroup, KvKind};
+use crate::units::{HumanBytes, MIB};
 
 /// What a program holds besides the model: itself, its libraries, the tokenizer.
 pub const RUNTIME_BYTES: u64 = 96 * MIB;
@@ -69,8 +69,22 @@ pub struct Question {
     pub weight_bits: f64,
     /// How keys and values are stored.
     pub kv: KvStore,
+    /// Layers whose keys and values have memory at a time while a drive holds those of all, as `flea run --kv-disk` does
+    /// it; `None`: memory holds all.
+    pub kv_slots_count: Option<u32>,
     /// Encoders that are left out.
     pub strip: Strip,
+}
+
+impl Question {
+    /// How keys and values lie in memory: what a codec makes of them only a drive holds, where there is one.
+    #[must_use]
+    pub fn kv_in_memory(&self) -> KvStore {
+        match (self.kv, self.kv_slots_count) {
+            (KvStore::Coded(_), Some(_)) => KvStore::default(),
+            (kv, _) => kv,
+        }
+    }
 }
 
 /// One part of the whole.
@@ -99,6 +113,10 @@ pub struct Breakdown {
     pub kv_full_bytes: u64,
     /// Keys and values of layers with a window.
     pub kv_windowed_bytes: u64,
+    /// Memory for keys and values that a drive holds.
+    pub kv_ring_bytes: u64,
+    /// Those on the drive, no part of the whole: a token reads them with a full context.
+    pub kv_drive_bytes: u64,
     /// States of layers that have one.
     pub state_bytes: u64,
     /// Encoders that were not stripped: name and bytes.
@@ -125,7 +143,7 @@ impl Breakdown {
         question.strip.check(&geometry.encoders)?;
         let bits = question.weight_bits;
         let weights = |count: u128| bytes_of(geometry, count as f64 * bits / 8.0);
-        let (kv_full_bytes, kv_windowed_bytes) = kv_bytes(geometry, question)?;
+        let kv = KvBytes::new(geometry, question)?;
         let kept = geometry
             .encoders
             .iter()
@@ -149,8 +167,10 @@ impl Breakdown {
             embedding_bytes: weights(geometry.embedding_parameter_count())?,
             head_bytes: weights(geometry.head_parameter_count())?,
             row_table_bytes: weights(geometry.row_table_parameter_count())?,
-            kv_full_bytes,
-            kv_windowed_bytes,
+            kv_full_bytes: kv.full_bytes,
+            kv_windowed_bytes: kv.windowed_bytes,
+            kv_ring_bytes: kv.ring_bytes,
+            kv_drive_bytes: kv.drive_bytes,
             state_bytes: bytes_of(geometry, state as f64)?,
             encoders: encoders.collect::<Result<_>>()?,
             activation_bytes: geometry
@@ -163,10 +183,11 @@ impl Breakdown {
         })
     }
 
-    /// Keys and values.
+    /// Keys and values in memory.
     #[must_use]
     pub const fn kv_bytes(&self) -> u64 {
-        self.kv_full_bytes.saturating_add(self.kv_windowed_bytes)
+        let whole = self.kv_full_bytes.saturating_add(self.kv_windowed_bytes);
+        whole.saturating_add(self.kv_ring_bytes)
     }
 
     /// What must be in memory whatever is streamed: keys, values, states, encoders, activations, the program.
@@ -231,6 +252,14 @@ impl Breakdown {
                 self.kv_windowed_bytes,
             ),
             (
+                "kv_ring",
+                format!(
+                    "keys and values of a few layers; the drive holds {}",
+                    HumanBytes(self.kv_drive_bytes)
+                ),
+                self.kv_ring_bytes,
+            ),
+            (
                 "state",
                 "states, whatever the context".to_owned(),
                 self.state_bytes,
@@ -278,20 +307,60 @@ pub fn check_context(geometry: &Geometry, context_count: u64) -> Result<()> {
     ))
 }
 
-/// Keys and values of a context: of layers that see everything, and of those with a window.
-///
-/// # Errors
-/// `Invalid`: a type that the heads do not fit, more bytes than can be counted.
-pub fn kv_bytes(geometry: &Geometry, question: &Question) -> Result<(u64, u64)> {
-    let (mut full, mut windowed) = (0.0, 0.0);
-    for group in geometry.kv_groups(question.context_count) {
-        let bytes = question.kv.vector_bytes(group.vector_count)? * group.count as f64;
-        match group.kind {
-            KvKind::Full => full += bytes,
-            KvKind::Windowed => windowed += bytes,
+/// Keys and values of a context.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct KvBytes {
+    /// Of layers that see everything.
+    pub full_bytes: u64,
+    /// Of those with a window.
+    pub windowed_bytes: u64,
+    /// Memory for the largest layers, where a drive holds all.
+    pub ring_bytes: u64,
+    /// What the drive holds.
+    pub drive_bytes: u64,
+}
+
+impl KvBytes {
+    /// Either the first two, or, with slots, the last two; for any context, also one beyond the model's.
+    ///
+    /// # Errors
+    /// `Invalid`: a type that the heads do not fit, more bytes than can be counted.
+    pub fn new(geometry: &Geometry, question: &Question) -> Result<Self> {
+        let context_count = question.context_count;
+        if let Some(slots_count) = question.kv_slots_count {
+            let mut layers = Vec::new();
+            let mut on_drive = 0.0;
+            for groups in geometry.kv_layers(context_count) {
+                layers.push(stored_bytes(&groups, question.kv_in_memory())?);
+                on_drive += stored_bytes(&groups, question.kv)?;
+            }
+            let largest = layers.iter().copied().fold(0.0, f64::max);
+            // Slots for more layers than there are hold them all.
+            let ring = (largest * f64::from(slots_count)).min(layers.iter().sum());
+            return Ok(Self {
+                ring_bytes: bytes_of(geometry, ring)?,
+                drive_bytes: bytes_of(geometry, on_drive)?,
+                ..Self::default()
+            });
         }
+        let groups = geometry.kv_groups(context_count);
+        let of_kind = |kind| -> Result<u64> {
+            let chosen: Vec<_> = groups.iter().filter(|g| g.kind == kind).copied().collect();
+            bytes_of(geometry, stored_bytes(&chosen, question.kv)?)
+        };
+        Ok(Self {
+            full_bytes: of_kind(KvKind::Full)?,
+            windowed_bytes: of_kind(KvKind::Windowed)?,
+            ..Self::default()
+        })
     }
-    Ok((bytes_of(geometry, full)?, bytes_of(geometry, windowed)?))
+}
+
+fn stored_bytes(groups: &[KvGroup], kv: KvStore) -> Result<f64> {
+    let bytes = groups
+        .iter()
+        .map(|group| Ok(kv.vector_bytes(group.vector_count)? * group.count as f64));
+    bytes.sum()
 }
 
 /// Whole bytes. An exabyte is the end: sums of a dozen of them still fit.

@@ -22,6 +22,7 @@ fn question(context_count: u64, weight_bits: f64, kv: &str) -> Question {
         context_count,
         weight_bits,
         kv: kv.parse().unwrap(),
+        kv_slots_count: None,
         strip: Strip::new(&[Strip::ALL.to_owned()]),
     }
 }
@@ -109,9 +110,9 @@ fn every_cell_of_the_corrected_kv_table_is_met() {
                     bits => bits,
                 };
                 let question = question(context.parse().unwrap(), 4.0, kv);
-                let (full, windowed) = breakdown::kv_bytes(&model, &question).unwrap();
+                let kv = breakdown::KvBytes::new(&model, &question).unwrap();
                 assert_eq!(
-                    mib(full + windowed),
+                    mib(kv.full_bytes + kv.windowed_bytes),
                     expected.as_f64().unwrap(),
                     "{} {context} {width}",
                     model.name
@@ -539,7 +540,7 @@ proptest! {
         kv in (1.0_f64..32.0, 1.0_f64..32.0), device in any_device(),
     ) {
         let ask = |context_count, weight_bits, kv| Question {
-            context_count, weight_bits, kv: KvStore::Bits(kv), strip: Strip::default(),
+            context_count, weight_bits, kv: KvStore::Bits(kv), kv_slots_count: None, strip: Strip::default(),
         };
         let less = ask(contexts.0.min(contexts.1), bits.0.min(bits.1), kv.0.min(kv.1));
         let more = ask(contexts.0.max(contexts.1), bits.0.max(bits.1), kv.0.max(kv.1));
@@ -555,9 +556,13 @@ proptest! {
     #[test]
     fn totals_are_sums_and_verdicts_add_up(
         model in any_model(), context in 1_u64..=32_768, bits in 1.0_f64..32.0, device in any_device(),
+        kv_slots_count in proptest::option::of(2_u32..=64),
     ) {
-        let ask = Question { context_count: context, weight_bits: bits, kv: KvStore::default(), strip: Strip::default() };
+        let ask = Question { context_count: context, weight_bits: bits, kv: KvStore::default(), kv_slots_count, strip: Strip::default() };
         let bytes = Breakdown::new(&model, &ask).unwrap();
+        let in_memory = Breakdown::new(&model, &Question { kv_slots_count: None, ..ask }).unwrap().kv_bytes();
+        prop_assert!(bytes.kv_bytes() <= in_memory);
+        prop_assert_eq!(bytes.kv_drive_bytes, kv_slots_count.map_or(0, |_| in_memory));
         let sum = bytes.held_bytes() + bytes.streamable_bytes() + bytes.row_table_bytes;
         prop_assert_eq!(bytes.total_bytes(), sum);
         prop_assert!(bytes.expert_bytes <= bytes.decoder_bytes && bytes.active_expert_bytes <= bytes.expert_bytes);

@@ -65,7 +65,7 @@ pub struct Judgement {
     pub missing_bytes: u64,
     /// The least memory that it runs with.
     pub smallest_bytes: u64,
-    /// Bytes read for a token: of routed experts only those that it chooses.
+    /// Bytes of weights read for a token: of routed experts only those that it chooses.
     pub streamed_bytes_per_token: u64,
     /// Tokens per second that the drive allows, or memory where everything is in it and its rate is known.
     pub tokens_per_second: Option<f64>,
@@ -123,7 +123,15 @@ pub fn judge(model: &Breakdown, device: &Device) -> Judgement {
     };
     match verdict {
         Verdict::Resident | Verdict::Rows => {
-            judgement.tokens_per_second = memory_bound(model, device)
+            let by_drive = device
+                .drive_gb_per_second
+                .filter(|_| model.kv_drive_bytes > 0)
+                .map(|rate| rate * 1e9 / model.kv_drive_bytes as f64);
+            let by_memory = memory_bound(model, device);
+            judgement.tokens_per_second = match (by_memory, by_drive) {
+                (Some(memory), Some(drive)) => Some(memory.min(drive)),
+                (memory, drive) => memory.or(drive),
+            };
         }
         Verdict::Streamed => {
             let streamed_bytes = with_rows_bytes - memory_bytes + ring_bytes;
@@ -137,7 +145,11 @@ pub fn judge(model: &Breakdown, device: &Device) -> Judgement {
 impl Judgement {
     fn stream(&mut self, model: &Breakdown, device: &Device, streamed_bytes: u64) {
         let rate = device.drive_gb_per_second.map(|rate| rate * 1e9);
-        let per_second = |bytes: u64| rate.filter(|_| bytes > 0).map(|rate| rate / bytes as f64);
+        // Weights, and the keys and values of a full context.
+        let per_second = |bytes: u64| {
+            let bytes = bytes.saturating_add(model.kv_drive_bytes);
+            rate.filter(|_| bytes > 0).map(|rate| rate / bytes as f64)
+        };
         self.streamed_bytes_per_token = streamed_bytes;
         if model.expert_bytes > 0 {
             self.whole_bytes_per_token = Some(streamed_bytes);

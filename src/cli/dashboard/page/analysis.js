@@ -14,6 +14,7 @@ const COMPONENTS = {
   per_layer_tables: "per-layer tables",
   kv_full: "keys and values",
   kv_windowed: "windowed keys and values",
+  kv_ring: "keys and values in memory",
   state: "states",
   encoder: "encoder",
   activations: "activations",
@@ -33,7 +34,7 @@ const sumOf = (report, names) =>
 
 function showMemory(report) {
   const weights = sumOf(report, ["decoder", "embedding", "head", "per_layer_tables", "encoder"]);
-  const kv = sumOf(report, ["kv_full", "kv_windowed"]);
+  const kv = sumOf(report, ["kv_full", "kv_windowed", "kv_ring"]);
   const stored = report.weight_bits === null ? "weights as in the file" : `weights at ${report.weight_bits} bits`;
   byId("memory-lead").textContent =
     `${report.name}: ${billions(report.geometry.parameters.text)} parameters in ${report.geometry.layers} layers of width ` +
@@ -61,12 +62,6 @@ function showMemory(report) {
     table("Memory by component", [["component"], ["size", true], ["share", true], ["what it is"]], rows));
 }
 
-// What to type there; `flea analyze` names a command for all that runs but one kind.
-function commandOf(device, runs) {
-  if (device.command) return html("code", { class: "command" }, device.command);
-  return runs ? html("div", { class: "note" }, "A bound only: flea run keeps per-layer tables in memory and streams no layers beside them.") : null;
-}
-
 function showDevices(report) {
   const most = Math.max(...report.devices.flatMap((device) => [device.memory_bytes, device.need_bytes]));
   const rows = report.devices.map((device) => {
@@ -76,7 +71,7 @@ function showDevices(report) {
     const experts = device.whole_layers_tokens_per_second;
     return [
       html("div", {}, html("strong", {}, device.name), html("div", { class: "note" }, device.label),
-        commandOf(device, runs)),
+        device.command ? html("code", { class: "command" }, device.command) : null),
       badge(device.verdict),
       html("div", {}, needBar(device.need_bytes, device.memory_bytes, most, device.verdict),
         html("div", { class: "note" }, `${bytes(device.need_bytes)} of ${bytes(device.memory_bytes)}, ${left}`)),
