@@ -10,7 +10,7 @@ use clap::builder::PossibleValuesParser;
 use clap::builder::TypedValueParser;
 use serde::Serialize;
 
-use super::table::{Align, Table};
+use super::table::Table;
 use super::values;
 use crate::error::Result;
 use crate::io::profile::{self, Device, Found};
@@ -24,24 +24,30 @@ use crate::units::{HumanBytes, MemorySpec, PAGE_4K};
 
 mod experts;
 mod host;
+mod layers;
 pub mod prediction;
 mod rows;
+mod tiers;
 
 use experts::ExpertReport;
 pub(super) use host::{CONTEXT_DEFAULT_COUNT, KvArgs, UBATCH_DEFAULT_COUNT, host_shape};
 use host::{KvReport, estimate};
+use layers::{LayerReport, layer_reports, layer_table};
 use prediction::{Basis, PredictionReport};
 use rows::RowsReport;
+use tiers::TierReport;
 
 const EXAMPLES: &str = "\
 Examples:
   flea plan model.gguf --memory 4GiB
   flea plan model.gguf --memory 50% --drive-gbps 2.4 --compute-seconds 0.25
   flea plan model.gguf --memory 8GiB --layers
+  flea plan model.gguf --vram 8GiB --memory 16GiB --link-gbps 25
   flea plan model.gguf --memory 8GiB --ctx 65536 --kv-disk /var/tmp
 
 Without --host-bytes, what `flea run` holds besides the weights is estimated from --ctx, --ubatch and the KV cache. The
 prediction is for a short text, before a cache on the drive has much to read; it comes from the drive's profile, which `flea probe` measures; --drive-gbps and --compute-seconds overrule it.
+With --vram a layer is divided over VRAM, pinned memory and the drive; --memory is then what feeds the GPU.
 Exit code 4: the budget is too small; the message names the smallest one that works.";
 
 /// Show what a memory budget means for a model: what stays in memory, what is streamed, how fast that is
@@ -55,6 +61,14 @@ pub struct Args {
     /// Everything the process may hold: 4GiB, 4GB, 512M; or 50%, weights of half the model; or auto, all that is free
     #[arg(long, value_name = "SIZE", default_value = "auto", env = "FLEA_MEMORY")]
     pub memory: MemorySpec,
+
+    /// Weights in the memory of a GPU: 8GiB, 8GB, or 25%, of the model
+    #[arg(long, value_name = "SIZE", value_parser = tiers::vram)]
+    pub vram: Option<MemorySpec>,
+
+    /// The rate from pinned memory into VRAM in GB/s (10^9 bytes), for the prediction [default: the drive's profile]
+    #[arg(long, value_name = "X", value_parser = positive, requires = "vram")]
+    pub link_gbps: Option<f64>,
 
     /// What the host holds besides weights in flea's pools [default: an estimate for `flea run`]
     #[arg(long, value_name = "SIZE", value_parser = crate::units::parse_size)]
@@ -174,28 +188,17 @@ pub(super) struct Report {
     pub(super) rows: Option<RowsReport>,
     /// Keys and values on a drive; `null` where memory holds them.
     pub(super) kv: Option<KvReport>,
+    /// What VRAM holds and what comes over the link; the figures above are then those of the memory below it. `null`
+    /// without `--vram`.
+    pub(super) vram: Option<TierReport>,
     /// The most the host will hold, once its context is full and a prompt has filled a ubatch.
     pub(super) peak_memory_bytes: u64,
     /// Where the prediction's figures come from.
     pub(super) profile: String,
-    /// `null` without a profile and without `--drive-gbps`: there is nothing to predict from.
+    /// `null` without a profile and without `--drive-gbps`: there is nothing to predict from. With `--vram` see there.
     pub(super) prediction: Option<PredictionReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
     layers: Option<Vec<LayerReport>>,
-}
-
-#[derive(Debug, Serialize)]
-struct LayerReport {
-    layer: usize,
-    label: String,
-    bytes: u64,
-    resident_bytes: u64,
-    transient_bytes: u64,
-    shard_index: Option<u32>,
-    /// Where in the shard the streamed run begins.
-    transient_offset_bytes: Option<u64>,
-    transient_pages: u64,
-    slot_index: Option<u32>,
 }
 
 impl Report {
@@ -207,9 +210,23 @@ impl Report {
         found: &Found,
     ) -> Result<Self> {
         let host_bytes = args.host_bytes.unwrap_or_else(|| estimate(args, catalog));
-        let method = method(args, catalog);
+        let vram = tiers::plan(args, catalog)?;
+        let method = match &vram {
+            Some(_) => Method::Layers(layer_options(args, catalog)),
+            None => method(args, catalog),
+        };
+        let streamed = vram.as_ref().map_or(catalog, |vram| &vram.below);
         let (budget, plan) =
-            resolve_and_plan(catalog, args.memory, available_bytes, host_bytes, &method)?;
+            resolve_and_plan(streamed, args.memory, available_bytes, host_bytes, &method)?;
+        if let Some(vram) = vram {
+            let tiers = TierReport::new(args, catalog, &vram, &budget, &plan, found)?;
+            return Ok(Self {
+                vram: Some(tiers),
+                profile: found.to_string(),
+                layers: args.layers.then(|| layer_reports(catalog, &plan)),
+                ..Self::of_plan(args, catalog, &budget, &plan)
+            });
+        }
         let basis = Basis::new(args.drive_gbps, args.compute_seconds, found, catalog, &plan);
         let prediction = basis
             .map(|basis| PredictionReport::new(&plan, &basis))
@@ -249,6 +266,7 @@ impl Report {
             experts: plan.experts.as_ref().map(ExpertReport::new),
             rows: RowsReport::new(catalog, args.host_rows),
             kv: KvReport::new(args, catalog),
+            vram: None,
             peak_memory_bytes: peak_bytes(plan, budget.host_bytes),
             profile: String::new(),
             prediction: None,
@@ -263,7 +281,9 @@ impl Report {
 
     fn text(&self) -> String {
         let mut text = self.summary().to_string();
-        if let Some(layers) = &self.layers {
+        if let Some(layers) = self.vram.as_ref().and_then(TierReport::layers) {
+            let _ = write!(text, "\n{layers}");
+        } else if let Some(layers) = &self.layers {
             let _ = write!(text, "\n{}", layer_table(layers));
         }
         text
@@ -336,7 +356,12 @@ impl Report {
             format_args!("{} with a full context", size(self.peak_memory_bytes)),
         );
         table.field("profile", &self.profile);
-        table.field("prediction", prediction::text(self.prediction.as_ref()));
+        match &self.vram {
+            Some(vram) => vram.fields(&mut table),
+            None => {
+                table.field("prediction", prediction::text(self.prediction.as_ref()));
+            }
+        }
         table
     }
 
@@ -361,14 +386,18 @@ impl Report {
     }
 }
 
-/// As `flea run` would plan.
-pub(super) fn method(args: &Args, catalog: &Catalog) -> Method {
-    let layers = PlanOptions {
+fn layer_options(args: &Args, catalog: &Catalog) -> PlanOptions {
+    PlanOptions {
         slots_count: args.slots,
         page_bytes: args
             .page_bytes
             .unwrap_or_else(|| default_page_bytes(catalog)),
-    };
+    }
+}
+
+/// As `flea run` would plan.
+pub(super) fn method(args: &Args, catalog: &Catalog) -> Method {
+    let layers = layer_options(args, catalog);
     if args.whole_experts || !has_experts(catalog) {
         return Method::Layers(layers);
     }
@@ -379,200 +408,5 @@ pub(super) fn method(args: &Args, catalog: &Catalog) -> Method {
     Method::Experts { layers, experts }
 }
 
-fn layer_reports(catalog: &Catalog, plan: &Plan) -> Vec<LayerReport> {
-    let layers = catalog.layers.iter().zip(&plan.layers).enumerate();
-    layers
-        .map(|(index, (layer, planned))| LayerReport {
-            layer: index,
-            label: layer.label.clone(),
-            bytes: layer.bytes,
-            resident_bytes: planned.resident_bytes,
-            transient_bytes: planned.transient_bytes,
-            shard_index: planned.transient.map(|run| run.shard_index),
-            transient_offset_bytes: planned
-                .transient
-                .map(|run| run.first_page * plan.page_bytes),
-            transient_pages: planned.transient.map_or(0, |run| run.page_count),
-            slot_index: planned.slot_index,
-        })
-        .collect()
-}
-
-fn layer_table(layers: &[LayerReport]) -> Table {
-    let mut table = Table::new(&[
-        ("layer", Align::Right),
-        ("label", Align::Left),
-        ("size", Align::Right),
-        ("resident", Align::Right),
-        ("streamed", Align::Right),
-        ("pages", Align::Right),
-        ("shard", Align::Right),
-        ("from offset", Align::Right),
-        ("slot", Align::Right),
-    ]);
-    for layer in layers {
-        table.row([
-            layer.layer.to_string(),
-            layer.label.clone(),
-            HumanBytes(layer.bytes).to_string(),
-            HumanBytes(layer.resident_bytes).to_string(),
-            HumanBytes(layer.transient_bytes).to_string(),
-            layer.transient_pages.to_string(),
-            or_dash(layer.shard_index),
-            or_dash(layer.transient_offset_bytes),
-            or_dash(layer.slot_index),
-        ]);
-    }
-    table
-}
-
-fn or_dash<T: ToString>(value: Option<T>) -> String {
-    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
-}
-
 #[cfg(test)]
-mod tests {
-    use clap::Parser;
-
-    use super::*;
-    use crate::error::ErrorKind;
-    use crate::plan::testing::even_catalog;
-    use crate::units::{GIB, MIB, PAGE_2M, PAGE_4K};
-
-    #[derive(Debug, Parser)]
-    struct Program {
-        #[command(flatten)]
-        args: Args,
-    }
-
-    fn parse(line: &str) -> std::result::Result<Args, clap::Error> {
-        let words = ["plan", "m.gguf"]
-            .into_iter()
-            .chain(line.split_whitespace());
-        Program::try_parse_from(words).map(|program| program.args)
-    }
-
-    /// Twenty layers of 64 MiB, attention before feed-forward.
-    fn catalog() -> Catalog {
-        even_catalog(20, &[(1, 16 * MIB), (5, 48 * MIB)])
-    }
-
-    fn report(line: &str) -> Result<Report> {
-        Report::new(&parse(line).unwrap(), &catalog(), 16 * GIB, &Found::Nothing)
-    }
-
-    #[test]
-    fn the_arithmetic_adds_up() {
-        let report = report("--memory 1GiB --host-bytes 256MiB").unwrap();
-        assert_eq!(report.page_bytes, PAGE_2M);
-        assert_eq!(
-            report.total_bytes,
-            report.host_bytes + report.weight_budget_bytes
-        );
-        assert_eq!(
-            report.ring_bytes,
-            u64::from(report.slots_count) * report.slot_bytes
-        );
-        assert!(report.resident_bytes + report.ring_bytes <= report.weight_budget_bytes);
-        // 20 x 32 pages, 384 pages of budget: 20 x (32 - 16) + 3 x 16 = 368 fit, 20 x 17 + 3 x 15 = 385 do not.
-        assert_eq!(report.slot_bytes, 16 * PAGE_2M);
-        // The 16 pages left over are given back.
-        assert_eq!(report.streamed_bytes_per_pass, (20 * 16 - 16) * PAGE_2M);
-        assert_eq!(report.smallest_total_bytes, 256 * MIB + 3 * 64 * MIB);
-        assert_eq!(report.transient_layers_count, 20);
-    }
-
-    #[test]
-    fn json_has_the_agreed_fields() {
-        let line = "--memory 50% --host-bytes 64MiB --drive-gbps 2 --compute-seconds 0.1 --layers";
-        let value = serde_json::to_value(report(line).unwrap()).unwrap();
-        for field in [
-            "model_bytes",
-            "total_bytes",
-            "host_bytes",
-            "weight_budget_bytes",
-            "resident_bytes",
-            "ring_bytes",
-            "streamed_bytes_per_pass",
-            "smallest_total_bytes",
-            "page_bytes",
-            "slots_count",
-        ] {
-            assert!(value[field].is_u64(), "{field}");
-        }
-        assert_eq!(value["weight_budget_bytes"], 640 * MIB);
-        assert_eq!(value["layers"].as_array().unwrap().len(), 20);
-        let prediction = &value["prediction"];
-        let read_seconds = value["streamed_bytes_per_pass"].as_f64().unwrap() / 2e9;
-        assert!((prediction["read_seconds"].as_f64().unwrap() - read_seconds).abs() < 1e-9);
-        assert!(prediction["tokens_per_second"].as_f64().unwrap() <= 1.0 / read_seconds + 1e-9);
-        let bare =
-            serde_json::to_value(report("--memory 50% --host-bytes 64MiB").unwrap()).unwrap();
-        assert!(bare["prediction"].is_null() && bare.get("layers").is_none());
-    }
-
-    #[test]
-    fn the_text_names_every_term() {
-        let text = report("--memory 1GiB --host-bytes 256MiB --drive-gbps 2 --layers")
-            .unwrap()
-            .text();
-        for part in [
-            "total memory       1.00 GiB",
-            "- host             256.0 MiB (as given)",
-            "= weight budget    768.0 MiB",
-            "3 slots x 16 pages of 2.0 MiB",
-            "608.0 MiB in 20 of 20 layers",
-            "tokens/s",
-            "blk.19",
-        ] {
-            assert!(text.contains(part), "no '{part}' in\n{text}");
-        }
-        let resident = report("--memory 200% --host-bytes 1M").unwrap().text();
-        assert!(resident.contains("none: everything is resident"));
-    }
-
-    #[test]
-    fn too_little_is_refused_with_exit_code_4_and_the_named_total_works() {
-        let error = report("--memory 300MiB --host-bytes 256MiB").unwrap_err();
-        assert_eq!(
-            (error.kind(), error.kind().exit_code()),
-            (ErrorKind::Refused, 4)
-        );
-        let named = format!("{} bytes", 448 * MIB);
-        assert!(error.context().contains(&named), "{error}");
-        assert!(report(&format!("--memory {} --host-bytes 256MiB", 448 * MIB)).is_ok());
-        assert!(report("--memory 17GiB").is_err(), "more than is available");
-    }
-
-    #[test]
-    fn without_host_bytes_an_estimate_is_used() {
-        let report = report("--memory 1GiB").unwrap();
-        assert!(report.host_bytes_estimated);
-        assert_eq!(report.host_bytes, estimate(&parse("").unwrap(), &catalog()));
-        assert!(report.host_bytes >= crate::plan::budget::HOST_RESERVE_BYTES);
-    }
-
-    #[test]
-    fn arguments_are_bounded() {
-        for line in [
-            "--slots 1",
-            "--slots 65",
-            "--page-bytes 8192",
-            "--drive-gbps 0",
-            "--drive-gbps inf",
-            "--drive-gbps 1 --compute-seconds -1",
-            "--ctx 0",
-            "--ubatch 0",
-            "--memory 0%",
-            "--memory much",
-            "--kv-slots 4",
-            "--kv-disk . --kv-slots 1",
-            "--kv-type int3",
-        ] {
-            assert!(parse(line).is_err(), "{line}");
-        }
-        let args = parse("--memory 50% --page-bytes 4096 --slots 2").unwrap();
-        assert_eq!((args.page_bytes, args.slots), (Some(PAGE_4K), 2));
-        assert_eq!(args.memory, MemorySpec::Percent(50.0));
-    }
-}
+mod tests;

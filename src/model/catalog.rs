@@ -231,6 +231,18 @@ impl Catalog {
         self.layers.iter().map(|layer| layer.bytes).sum()
     }
 
+    /// Other layers in the place of this model's, without tensors: what a plan needs of a part of the model, or of the
+    /// model laid out elsewhere. `model_bytes` stays, so that a percentage means the same.
+    #[must_use]
+    pub fn of_layers(&self, shards: Vec<Shard>, layers: Vec<Layer>) -> Self {
+        Self {
+            shards,
+            layers,
+            model_bytes: self.model_bytes,
+            ..empty(self.format, self.architecture.clone())
+        }
+    }
+
     /// A metadata number below the architecture's name (`llama.block_count`).
     #[must_use]
     pub fn architecture_number(&self, key: &str) -> Option<u64> {

@@ -15,11 +15,13 @@
 
 pub mod budget;
 pub mod experts;
+pub mod image;
 pub mod policy;
 pub mod predict;
 mod residency;
 mod ring;
 pub mod rows;
+pub mod tiers;
 
 #[cfg(test)]
 mod properties;
@@ -33,9 +35,11 @@ use residency::{Ground, Need};
 
 pub use budget::Budget;
 pub use experts::{ExpertOptions, ExpertPlan, SlotClass, Unit};
+pub use image::Image;
 pub use policy::{Admission, Policy, PolicyKind};
 pub use predict::{Prediction, compute_seconds, peak_bytes, predict};
 pub use rows::RowsPlan;
+pub use tiers::{TierRates, TierShare, TierTimes, VramPlan};
 
 /// Fewest slots: 1 that the host computes with, + 1 that is filled meanwhile. With fewer, drive and host take turns.
 pub const SLOTS_MIN: u32 = 1 + 1;

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::PlanOptions;
 use crate::model::{
-    Catalog, DType, Layer, LayerKind, Metadata, Shard, TensorInfo, Use, catalog, gguf,
+    Catalog, DType, Layer, LayerKind, Metadata, Shard, Tensor, TensorInfo, Use, catalog, gguf,
 };
 use crate::units::{Extent, PAGE_2M, PAGE_4K};
 
@@ -110,6 +110,25 @@ pub(crate) fn even_catalog(layers_count: usize, tensors: &[(u16, u64)]) -> Catal
         })
     });
     catalog_of(layers_count, &[pieces.collect()], 0)
+}
+
+/// Gives every use a tensor of its own: its length is the use's, its type and its rows' length those of `kinds`, in turn.
+pub(crate) fn with_tensors(mut catalog: Catalog, kinds: &[(DType, u64)]) -> Catalog {
+    let model = catalog.tensors[0].clone();
+    catalog.tensors.clear();
+    let uses = catalog.layers.iter_mut().flat_map(|layer| &mut layer.uses);
+    for (index, used) in uses.enumerate() {
+        let (dtype, row_elements) = kinds[index % kinds.len()];
+        used.tensor_index = index as u32;
+        catalog.tensors.push(Tensor {
+            name: format!("tensor-{index}"),
+            dtype,
+            shape: [row_elements, 1, 1, 1],
+            extent: used.extent,
+            ..model.clone()
+        });
+    }
+    catalog
 }
 
 /// How large the pieces of a random catalog are, in pages.

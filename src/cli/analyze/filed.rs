@@ -148,6 +148,8 @@ impl<'a> Filed<'a> {
             memory: device.map_or(MemorySpec::Auto, |device| {
                 MemorySpec::Bytes(device.memory_bytes)
             }),
+            vram: None,
+            link_gbps: None,
             host_bytes: None,
             slots: SLOTS_DEFAULT,
             page_bytes: None,
