@@ -37,7 +37,7 @@ run() { # Output of passing tests is wanted too: it holds the reasons of what wa
 }
 # The rooms with debug assertions and overflow checks; then everything as it is shipped, plus fault injection.
 result=0
-run --no-default-features --features cli,faults --lib || result=$?
+run --no-default-features --features cli,cuda,faults --lib || result=$?
 run --release --all-features --lib host:: || result=$?
 run --release --all-features --bins --test '*' || result=$?
 run --release --all-features --doc || result=$?

@@ -14,7 +14,8 @@ use super::probe_rows;
 use super::table::Table;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::ReaderKind;
-use crate::io::profile::{Compute, Profile, Rate, VERSION};
+use crate::io::profile::{Compute, Link, Profile, Rate, VERSION};
+use crate::mem::gpu::gpus;
 use crate::tools::probe::{ProbeOptions, Probed, measure, measure_memory};
 use crate::units::{HumanBytes, PAGE_2M, parse_size};
 
@@ -219,6 +220,7 @@ fn profile(
             None
         }
     };
+    let links = links(span, stop, telling)?;
     telling.tell("compute");
     let (compute, node_seconds) = compute(span, stop)?;
     Ok(Profile {
@@ -231,6 +233,7 @@ fn profile(
         random: probed.random.clone(),
         sustained: Some(probed.sustained),
         memory,
+        links,
         compute,
         node_seconds,
     })
@@ -298,13 +301,51 @@ impl Telling {
     }
 }
 
-/// Whether there is a GPU whose PCIe could be measured.
-fn gpu() -> &'static str {
-    if Path::new("/dev/nvidiactl").exists() {
-        "a GPU is there; its PCIe is not measured by this version"
-    } else {
-        "no GPU: PCIe is not measured"
+/// The links into the memory of GPUs. What cannot be measured is a warning and no failure: the drive's figures stand.
+#[cfg(feature = "cuda")]
+fn links(span: Duration, stop: &AtomicBool, telling: &mut Telling) -> Result<Vec<Link>> {
+    let gpus = match gpus() {
+        Ok(gpus) => gpus,
+        Err(_) => return Ok(Vec::new()),
+    };
+    let mut links = Vec::with_capacity(gpus.len());
+    for gpu in &gpus {
+        telling.tell(&format!("link to GPU {}", gpu.index));
+        match crate::tools::probe::measure_link(gpu, span, stop) {
+            Ok(link) => links.push(link),
+            Err(error) if error.kind() == ErrorKind::Canceled => return Err(error),
+            Err(error) => log::warn!("the link to GPU {} is not measured: {error}", gpu.index),
+        }
     }
+    Ok(links)
+}
+
+#[cfg(not(feature = "cuda"))]
+#[allow(clippy::unnecessary_wraps)] // The build with CUDA can be stopped.
+fn links(_span: Duration, _stop: &AtomicBool, _telling: &mut Telling) -> Result<Vec<Link>> {
+    Ok(Vec::new())
+}
+
+/// The GPUs and their links, or why there is none.
+fn gpu_text(profile: &Profile) -> String {
+    if profile.links.is_empty() {
+        return match gpus() {
+            Ok(gpus) => format!("{} there, no link measured", gpus.len()),
+            Err(error) => error.context().to_owned(),
+        };
+    }
+    let link = |link: &Link| {
+        format!(
+            "{}: {}, {:.2} GB/s from pinned memory",
+            link.gpu_index, link.gpu, link.gb_per_second
+        )
+    };
+    profile
+        .links
+        .iter()
+        .map(link)
+        .collect::<Vec<_>>()
+        .join("; ")
 }
 
 fn to_json(
@@ -322,7 +363,7 @@ fn to_json(
         "fallbacks": probed.fallbacks,
         "gb_per_second": profile.sequential(PAGE_2M).map(|rate| rate.gb_per_second),
         "lasting_gb_per_second": profile.stream_gb_per_second(PAGE_2M),
-        "gpu": gpu(),
+        "gpu": gpu_text(profile),
         "target_gb_per_second": args.target,
         "verdict": verdict.map(Verdict::name),
         "profile_path": kept.map(|path| path.to_string_lossy()),
@@ -373,7 +414,7 @@ fn to_table(
         table.field("random", random_text(rate));
     }
     machine_fields(&mut table, profile);
-    table.field("GPU", gpu());
+    table.field("GPU", gpu_text(profile));
     let reached = profile.stream_gb_per_second(PAGE_2M).unwrap_or(0.0);
     if let (Some(verdict), Some(target)) = (verdict, args.target) {
         table.field(

@@ -52,6 +52,9 @@ pub struct Profile {
     pub sustained: Option<Sustained>,
     /// The machine's memory.
     pub memory: Option<Memory>,
+    /// Into the memory of each GPU; empty without one, and in a build without CUDA.
+    #[serde(default)]
+    pub links: Vec<Link>,
     /// How fast weights of a type are computed with, from memory, by all cores; empty in a build without llama.cpp.
     #[serde(default)]
     pub compute: Vec<Compute>,
@@ -120,6 +123,17 @@ pub struct Memory {
     pub copy_all_gb_per_second: f64,
 }
 
+/// The link from pinned memory into a GPU's.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Link {
+    /// What its maker calls the GPU.
+    pub gpu: String,
+    /// Its number.
+    pub gpu_index: u32,
+    /// 10^9 bytes per second.
+    pub gb_per_second: f64,
+}
+
 /// How fast weights of one type are multiplied with one token.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Compute {
@@ -147,6 +161,13 @@ impl Profile {
         let rate = self.sequential(page_bytes)?.gb_per_second;
         let lasting = self.sustained.map_or(1.0, |sustained| sustained.lasting());
         Some(rate * lasting)
+    }
+
+    /// Into the memory of a GPU.
+    #[must_use]
+    pub fn link_gb_per_second(&self, gpu_index: u32) -> Option<f64> {
+        let link = self.links.iter().find(|link| link.gpu_index == gpu_index)?;
+        Some(link.gb_per_second)
     }
 
     /// Whether every number could be true.
@@ -178,6 +199,7 @@ impl Profile {
             ]
         });
         let compute = self.compute.iter().map(|compute| compute.gb_per_second);
+        let links = self.links.iter().map(|link| link.gb_per_second);
         let sustained = self
             .sustained
             .iter()
@@ -190,6 +212,7 @@ impl Profile {
         }
         match memory
             .chain(compute)
+            .chain(links)
             .chain(sustained)
             .find(|&rate| !is_rate(rate))
         {

@@ -36,6 +36,7 @@ fn profile() -> Profile {
             slowest_gb_per_second: 1.5,
         }),
         memory: None,
+        links: Vec::new(),
         compute: Vec::new(),
         node_seconds: 0.0,
     }

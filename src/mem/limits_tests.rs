@@ -180,13 +180,17 @@ fn this_machine_answers() {
 
 #[test]
 fn held_memory_follows_what_is_touched() {
-    let before = process_memory_bytes().unwrap();
-    // Kept from an optimiser that sees nobody reading it.
-    let block = std::hint::black_box(vec![1_u8; 96 * MIB as usize]);
-    let during = process_memory_bytes().unwrap();
-    assert!(during >= before + 64 * MIB, "{before} {during}");
-    drop(block);
-    assert!(peak_memory_bytes().unwrap() >= during);
+    let look = || {
+        let before = process_memory_bytes().unwrap();
+        // Kept from an optimiser that sees nobody reading it.
+        let block = std::hint::black_box(vec![1_u8; 96 * MIB as usize]);
+        let during = process_memory_bytes().unwrap();
+        drop(block);
+        assert!(peak_memory_bytes().unwrap() >= during);
+        during >= before + 64 * MIB
+    };
+    // Other tests of this process give pools back meanwhile: one look that they do not disturb is enough.
+    assert!((0..50).any(|_| look()));
 }
 
 /// A cgroup of our own that goes away again.

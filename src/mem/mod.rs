@@ -5,6 +5,9 @@
 //! and not had (huge pages, a NUMA node) is reported, never passed over. Place in
 //! `file -> catalog -> plan -> reader -> pool -> lease -> host`: the pool, and the windows that a host sees it through.
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
+pub mod gpu;
 pub mod limits;
 pub mod place;
 pub mod pool;

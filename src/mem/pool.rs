@@ -267,6 +267,15 @@ impl Pool {
         }
     }
 
+    /// The memory that other devices may copy out of; `None` in the private backing, whose pages move.
+    #[cfg(feature = "cuda")]
+    pub(super) fn shared_memory(&self) -> Option<&Arc<super::shared::Memory>> {
+        match &self.store {
+            Store::Private(_) => None,
+            Store::Shared(store) => Some(store.memory()),
+        }
+    }
+
     /// Where a client finds a resident run or a slot's run in [`Pool::read_only_fd`]: its file offset.
     #[must_use]
     pub fn file_offset_bytes(&self, run: &PageRun) -> Option<u64> {

@@ -19,6 +19,7 @@ use crate::plan::{PageRun, Plan};
 use crate::units::PAGE_2M;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Shared memory of a pool.
 #[derive(Debug)]
@@ -32,7 +33,7 @@ pub(super) struct Shared {
     slots: Vec<Slot>,
     /// Window places that alias the file.
     aliases: Vec<PageRun>,
-    memory: Memory,
+    memory: Arc<Memory>,
     /// Last: the windows outlive what was mapped into them.
     windows: Arc<Windows>,
 }
@@ -84,7 +85,7 @@ impl Shared {
             slots: vec![Slot::default(); slots_count as usize],
             aliases: Vec::with_capacity(plan.resident.len() + ring.len()),
             ring,
-            memory,
+            memory: Arc::new(memory),
             windows,
         };
         store.alias_windows()?;
@@ -182,12 +183,12 @@ impl Shared {
     pub(super) fn quarantine(&mut self, slot: u32) {
         if let Some(state) = self.slots.get_mut(slot as usize) {
             state.quarantined = true;
-            self.memory.kept = true;
+            self.memory.keep();
         }
     }
 
     pub(super) fn quarantine_resident(&mut self) {
-        self.memory.kept = true;
+        self.memory.keep();
     }
 
     pub(super) fn read_only_fd(&self) -> Result<OwnedFd> {
@@ -196,6 +197,12 @@ impl Shared {
 
     pub(super) fn held_bytes(&self) -> u64 {
         host::held_bytes(self.memory.fd.as_fd())
+    }
+
+    /// The memory, which lives as long as whoever copies out of it.
+    #[cfg(feature = "cuda")]
+    pub(super) fn memory(&self) -> &Arc<Memory> {
+        &self.memory
     }
 }
 
@@ -241,15 +248,19 @@ fn ring_of(plan: &Plan) -> Result<Vec<(PageRun, u32)>> {
 
 /// The memfd and the pool's own mapping of it.
 #[derive(Debug)]
-struct Memory {
-    base: usize,
-    len: usize,
+pub(super) struct Memory {
+    pub(super) base: usize,
+    pub(super) len: usize,
     /// The kernel may still write into it.
-    kept: bool,
+    kept: AtomicBool,
     fd: OwnedFd,
 }
 
 impl Memory {
+    fn keep(&self) {
+        self.kept.store(true, Ordering::Release);
+    }
+
     /// The best pages there are: each source is tried until one gives all of the memory.
     fn allocate(
         len_bytes: u64,
@@ -307,7 +318,7 @@ impl Memory {
         let memory = Self {
             base: host::reserve(len_bytes)?,
             len: host::to_usize(len_bytes)?,
-            kept: false,
+            kept: AtomicBool::new(false),
             fd,
         };
         // SAFETY: reserved just now; nobody else knows the range.
@@ -330,7 +341,7 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        if self.kept {
+        if self.kept.load(Ordering::Acquire) {
             return;
         }
         // SAFETY: our own mapping; no slot is quarantined, so nobody writes here any more.

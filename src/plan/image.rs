@@ -40,7 +40,8 @@ impl Piece {
     }
 
     /// What of it lies in `[first, end)` of the image.
-    fn within(&self, first: u64, end: u64) -> Option<Self> {
+    #[must_use]
+    pub fn within(&self, first: u64, end: u64) -> Option<Self> {
         let from = self.offset_bytes.max(first);
         let until = self.end_bytes().min(end);
         if from >= until {
@@ -118,6 +119,33 @@ impl Image {
             .iter()
             .filter_map(|piece| piece.within(first, end))
             .collect()
+    }
+}
+
+/// Where bytes of the files lie in an image.
+#[derive(Debug)]
+pub struct Places {
+    sorted: Vec<Piece>,
+}
+
+impl Places {
+    /// Those of an image.
+    #[must_use]
+    pub fn new(image: &Image) -> Self {
+        let mut sorted: Vec<Piece> = image.pieces.iter().flatten().copied().collect();
+        sorted.sort_unstable_by_key(|piece| piece.file);
+        Self { sorted }
+    }
+
+    /// The place of byte `offset_bytes` of a shard; `None` for bytes that no layer uses.
+    #[must_use]
+    pub fn of(&self, shard_index: u32, offset_bytes: u64) -> Option<u64> {
+        let after = self.sorted.partition_point(|piece| {
+            (piece.file.shard_index, piece.file.offset_bytes) <= (shard_index, offset_bytes)
+        });
+        let piece = self.sorted.get(after.checked_sub(1)?)?;
+        let inside = piece.file.shard_index == shard_index && offset_bytes < piece.file.end_bytes();
+        inside.then(|| piece.offset_bytes + (offset_bytes - piece.file.offset_bytes))
     }
 }
 

@@ -95,6 +95,21 @@ proptest! {
 }
 
 #[test]
+fn bytes_of_the_files_are_found_in_the_image() {
+    let catalog = with_tensors(even_catalog(5, &[(0, 5000), (1, 3 * MIB)]), &KINDS);
+    let image = image_of(&catalog);
+    let places = Places::new(&image);
+    for piece in image.pieces.iter().flatten() {
+        for skip in [0, 1, piece.file.len_bytes - 1] {
+            let found = places.of(0, piece.file.offset_bytes + skip);
+            assert_eq!(found, Some(piece.offset_bytes + skip));
+        }
+    }
+    assert_eq!(places.of(0, catalog.shards[0].len_bytes), None);
+    assert_eq!(places.of(1, 0), None);
+}
+
+#[test]
 fn the_zeros_are_those_that_ggml_asks_for() {
     let catalog = with_tensors(even_catalog(1, &[(0, 1000); 6]), &KINDS);
     let bytes: Vec<u64> = catalog.tensors.iter().map(padding_bytes).collect();

@@ -16,6 +16,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use crate::error::{Error, Result};
 use crate::io::profile::{self, Device, Found};
 use crate::io::{AlignedMemory, Reader, ReaderKind, ReaderOptions, ShardFile};
+use crate::mem::gpu::{self, Gpu};
 use crate::mem::{Topology, limits};
 use crate::units::{GIB, HumanBytes, MIB, PAGE_2M};
 
@@ -392,11 +393,44 @@ fn drive_profile(path: &Path) -> Finding {
     }
 }
 
-/// Weights in VRAM are a later chapter; what is there is told all the same.
 fn gpu(root: &Path) -> Finding {
-    match fs::read_to_string(root.join("proc/driver/nvidia/version")) {
-        Ok(text) => Finding::pass("GPU", text.lines().next().unwrap_or_default()),
-        Err(_) => Finding::pass("GPU", "no NVIDIA driver: weights stay in host memory"),
+    let kernel = kernel_driver(root);
+    judge_gpu(gpu::gpus(), kernel.as_deref(), gpu::driver_is_there())
+}
+
+/// What the kernel's part of NVIDIA's driver says of itself.
+fn kernel_driver(root: &Path) -> Option<String> {
+    let text = fs::read_to_string(root.join("proc/driver/nvidia/version")).ok()?;
+    text.lines().next().map(str::to_owned)
+}
+
+/// `kernel` is what the kernel's part of the driver says of itself, `library` whether the CUDA driver can be loaded.
+fn judge_gpu(found: Result<Vec<Gpu>>, kernel: Option<&str>, library: bool) -> Finding {
+    let name = "GPU";
+    match found {
+        Ok(gpus) => {
+            let list: Vec<String> = gpus.iter().map(Gpu::to_string).collect();
+            match gpus.iter().find(|gpu| !gpu.maps_memory) {
+                None => Finding::pass(name, list.join("; ")),
+                Some(gpu) => Finding::warn(
+                    name,
+                    list.join("; "),
+                    format!(
+                        "GPU {} cannot map memory at chosen addresses: weights stay in host memory",
+                        gpu.index
+                    ),
+                ),
+            }
+        }
+        // Nobody misses what is not there.
+        Err(_) if kernel.is_none() && !library => {
+            Finding::pass(name, "no CUDA driver: weights stay in host memory")
+        }
+        Err(error) => Finding::warn(
+            name,
+            kernel.unwrap_or("the CUDA driver does not work"),
+            error.context(),
+        ),
     }
 }
 
@@ -426,6 +460,43 @@ mod tests {
         assert_eq!(verdict("6.1.0-18-amd64"), Verdict::Pass);
         assert_eq!(verdict("10.0"), Verdict::Pass);
         assert_eq!(verdict("?"), Verdict::Fail);
+    }
+
+    #[test]
+    fn a_gpu_that_cannot_be_used_is_a_warning_and_none_is_nothing() {
+        let refused = || Err(Error::new(crate::error::ErrorKind::Unsupported, "too old"));
+        let gpu = Gpu {
+            index: 0,
+            name: "A".to_owned(),
+            total_bytes: GIB,
+            free_bytes: MIB,
+            driver: "13.0".to_owned(),
+            capability: (9, 0),
+            maps_memory: true,
+        };
+        let fine = judge_gpu(Ok(vec![gpu.clone()]), None, true);
+        assert_eq!(fine.verdict, Verdict::Pass);
+        assert!(fine.found.contains("1.0 MiB free"), "{}", fine.found);
+        let rigid = Gpu {
+            maps_memory: false,
+            ..gpu
+        };
+        assert_eq!(
+            judge_gpu(Ok(vec![rigid]), None, true).verdict,
+            Verdict::Warn
+        );
+        let none = judge_gpu(refused(), None, false);
+        assert_eq!(none.verdict, Verdict::Pass);
+        assert!(none.found.starts_with("no CUDA driver"));
+        let old = judge_gpu(refused(), None, true);
+        assert_eq!(
+            (old.verdict, old.remedy.as_deref()),
+            (Verdict::Warn, Some("too old"))
+        );
+        assert_eq!(
+            judge_gpu(refused(), Some("NVRM 470"), false).found,
+            "NVRM 470"
+        );
     }
 
     #[test]
@@ -467,11 +538,12 @@ mod tests {
     #[test]
     fn a_driver_is_seen() {
         let root = tempfile::tempdir().unwrap();
-        assert!(gpu(root.path()).found.contains("no NVIDIA driver"));
+        assert_eq!(kernel_driver(root.path()), None);
         let driver = root.path().join("proc/driver/nvidia");
         fs::create_dir_all(&driver).unwrap();
         fs::write(driver.join("version"), "NVRM version: 580.1\nGCC\n").unwrap();
-        assert_eq!(gpu(root.path()).found, "NVRM version: 580.1");
+        let found = kernel_driver(root.path());
+        assert_eq!(found.as_deref(), Some("NVRM version: 580.1"));
         fs::create_dir_all(root.path().join("proc/driver/nvidia-fs")).unwrap();
         assert!(gpu_direct_storage(root.path()).found.contains("loaded"));
     }

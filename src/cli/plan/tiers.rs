@@ -17,7 +17,7 @@ use crate::units::{HumanBytes, MemorySpec};
 ///
 /// # Errors
 /// A sentence for the user.
-pub(super) fn vram(text: &str) -> std::result::Result<MemorySpec, String> {
+pub(in crate::cli) fn vram(text: &str) -> std::result::Result<MemorySpec, String> {
     match text.parse()? {
         MemorySpec::Auto | MemorySpec::Bytes(0) => {
             Err("write 8GiB, 8GB or, of the model, 25%".to_owned())
@@ -95,7 +95,10 @@ impl TierReport {
         let drive = args
             .drive_gbps
             .or_else(|| found.profile()?.stream_gb_per_second(lower.page_bytes));
-        let rates = args.link_gbps.zip(drive).map(|(link, drive)| TierRates {
+        let link = args
+            .link_gbps
+            .or_else(|| found.profile()?.link_gb_per_second(0));
+        let rates = link.zip(drive).map(|(link, drive)| TierRates {
             drive_bytes_per_second: drive * 1e9,
             link_bytes_per_second: link * 1e9,
         });
@@ -119,7 +122,7 @@ impl TierReport {
             link_bytes_per_pass: vram.link_bytes_per_pass(),
             memory_bytes: sum(|share| share.memory_bytes),
             drive_bytes_per_pass: sum(|share| share.drive_bytes),
-            link_gb_per_second: args.link_gbps,
+            link_gb_per_second: link,
             drive_gb_per_second: drive,
             link_seconds: times.map(|times| times.link_seconds),
             drive_seconds: times.map(|times| times.drive_seconds),
@@ -165,7 +168,7 @@ impl TierReport {
             self.seconds_per_pass,
             self.bound,
         ) else {
-            return "none: give --link-gbps, and --drive-gbps where `flea probe` has not measured the drive".to_owned();
+            return "none: `flea probe PATH` measures drive and link, or give --drive-gbps and --link-gbps".to_owned();
         };
         let balance = self.balanced_total_bytes.map_or_else(
             || "the drive is as fast as the link: memory speeds nothing up".to_owned(),

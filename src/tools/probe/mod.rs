@@ -1,17 +1,21 @@
 //! Measures what flea depends on: how a drive is read fastest, whether it keeps that up, and how fast memory is.
 //!
 //! `drive` finds the best request length and depth by climbing until the rate falls, `memory` the bandwidth of the
-//! processor's memory, `rows` what single rows of a table cost, by mmap and by the row reader. Invariants: a figure is given only for a drive that the page cache was kept out of and only when
+//! processor's memory, `link` that into the memory of GPUs, `rows` what single rows of a table cost, by mmap and by the row reader. Invariants: a figure is given only for a drive that the page cache was kept out of and only when
 //! its rounds agree; the path's file is only read, a directory gets a nameless file. The result is a
 //! [`Profile`](crate::io::profile::Profile). Place: a tool beside the pipeline; it uses `file` and `reader`.
 
 mod drive;
+#[cfg(feature = "cuda")]
+mod link;
 mod memory;
 pub mod rows;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use drive::{FILE_BYTES_MIN, ProbeOptions, Probed, measure, rate_now};
+#[cfg(feature = "cuda")]
+pub use link::measure as measure_link;
 pub use memory::measure as measure_memory;
 
 use crate::error::{Error, ErrorKind, Result};
