@@ -48,6 +48,7 @@ const EXAMPLES: &str = "\
 Examples:
   flea bench stream model.gguf --memory 10% --passes 3
   flea bench stream model.gguf --memory 2GiB --reader pread --verify --json
+  flea bench stream model.gguf --gpu 0 --vram 4GiB --memory 8GiB
 
 The first pass also reads what stays in memory. Nothing is warmed up; with O_DIRECT the page cache plays no part.
 Compare with `flea bench raw`, which measures what the drive can do.";
@@ -102,6 +103,14 @@ pub struct StreamArgs {
     /// Stream through the daemon at this endpoint, unix:PATH; memory, reader, slots and pages are then the daemon's
     #[arg(long, value_name = "ENDPOINT", conflicts_with_all = ["memory", "backing", "request_bytes", "depth", "page_bytes", "slots", "trace"])]
     pub endpoint: Option<String>,
+
+    /// Stream into the memory of this GPU, counted from 0, through host memory
+    #[arg(long, value_name = "N", requires = "vram", conflicts_with_all = ["endpoint", "backing"])]
+    pub gpu: Option<u32>,
+
+    /// What weights may take of the GPU's memory: 4GiB, 512M, or 25%, of the model
+    #[arg(long, value_name = "SIZE", requires = "gpu", value_parser = super::plan::vram)]
+    pub vram: Option<MemorySpec>,
 
     /// Walk once more, unmeasured, and hold every byte against a plain read of the file
     #[arg(long)]
@@ -183,6 +192,11 @@ fn stream(args: &StreamArgs) -> Result<()> {
         trace: trace.as_ref().map(TraceFile::trace),
         ..args.options()
     };
+    if let Some(gpu_index) = args.gpu {
+        let streamed = gpu_stream(args, gpu_index, options, &stop);
+        let label = |layer: u32| format!("layer {layer}");
+        return trace::both(streamed, trace.map_or(Ok(()), |trace| trace.write(&label)));
+    }
     let endpoint = args
         .endpoint
         .as_deref()
@@ -204,6 +218,26 @@ fn stream(args: &StreamArgs) -> Result<()> {
     } else {
         super::print(&table(&model, &plan, &outcome, verified_bytes))
     }
+}
+
+#[cfg(feature = "cuda")]
+fn gpu_stream(
+    args: &StreamArgs,
+    gpu_index: u32,
+    options: OpenOptions,
+    stop: &AtomicBool,
+) -> Result<()> {
+    super::bench_gpu::stream(args, gpu_index, options, stop)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpu_stream(
+    _args: &StreamArgs,
+    _gpu_index: u32,
+    _options: OpenOptions,
+    _stop: &AtomicBool,
+) -> Result<()> {
+    Err(crate::mem::gpu::not_built())
 }
 
 fn verify(args: &StreamArgs, model: &Opened, stop: &AtomicBool) -> Result<Option<u64>> {

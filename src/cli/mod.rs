@@ -6,6 +6,8 @@
 
 pub mod analyze;
 pub mod bench;
+#[cfg(feature = "cuda")]
+mod bench_gpu;
 pub mod bench_policies;
 #[cfg(feature = "run")]
 pub mod bench_predict;

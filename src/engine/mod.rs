@@ -4,11 +4,13 @@
 //! * `order`: what comes next. * [`trace`]: what happened when. * `latency`: how long loads took. * `reading`: how it is read.
 //! * `state`: who holds what. * `pick`: what to read next. * `experts`: which of them are cached.
 //! * [`ranges`]: leases of byte ranges. * [`rows`]: rows of embeddings, copied out. * [`board`]: leases of other processes. * `wait`: how a host sleeps for it.
-//! * `stream`: the one thread that moves bytes.
+//! * `stream`: the one thread that moves bytes. * `gpu`: the same one floor up, into VRAM.
 
 pub mod board;
 mod counting;
 mod experts;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 mod latency;
 mod layout;
 pub mod leases;

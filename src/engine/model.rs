@@ -16,7 +16,7 @@ use super::state::{Need, State};
 use super::stats::{BudgetReport, Fallback};
 use super::stream::{self, Core, Started};
 use super::trace::Trace;
-use super::wait::{Asked, wait};
+use super::wait::{Asked, Hall, wait};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::mirror::{self, Copies};
 use crate::io::profile::Found;
@@ -251,9 +251,10 @@ impl Model {
                 need,
                 thread,
             };
-            wait(&running.core, &running.started.waker, state, asked, timeout)
+            let wake = || running.started.waker.wake();
+            wait(&running.core.hall, &wake, state, asked, timeout)
         };
-        if let (Some(trace), true) = (&running.core.trace, leased?) {
+        if let (Some(trace), true) = (&running.core.hall.trace, leased?) {
             trace.leased(layer, thread);
         }
         Ok(())
@@ -274,7 +275,7 @@ impl Model {
         let wake = {
             let mut state = running.core.state();
             let last = state.release(layer, thread_id())?;
-            if let (Some(trace), true) = (&running.core.trace, last) {
+            if let (Some(trace), true) = (&running.core.hall.trace, last) {
                 trace.released(layer);
             }
             std::mem::take(&mut state.hungry)
@@ -408,17 +409,19 @@ impl Model {
             fixed_slots,
         ));
         let core = Arc::new(Core {
-            state: Mutex::new(State::new(
-                Arc::clone(&layout),
-                self.options.shared.board.clone(),
-            )),
-            changed: Condvar::new(),
+            hall: Hall {
+                state: Mutex::new(State::new(
+                    Arc::clone(&layout),
+                    self.options.shared.board.clone(),
+                )),
+                changed: Condvar::new(),
+                trace: self.trace.get().cloned(),
+            },
             pool: Mutex::new(pool),
             counters: Mutex::new(Counters::default()),
             copies: Arc::clone(&self.copies),
             load_latency: Histogram::default(),
             stop: AtomicBool::new(false),
-            trace: self.trace.get().cloned(),
         });
         let (sender, receiver) = mpsc::sync_channel(1);
         let (thread_core, files) = (Arc::clone(&core), Arc::clone(&self.files));

@@ -71,9 +71,7 @@ impl Model {
                 let mut state = running.core.state();
                 state.release_units(&wanted.units, thread_id())?;
                 // Somebody may wait for room.
-                if state.waiters > 0 {
-                    running.core.changed.notify_all();
-                }
+                running.core.hall.notify(&state);
             }
             let mut result = Ok(());
             for (layer, _) in &wanted.layers {
@@ -219,7 +217,7 @@ fn acquire_units(running: &Running, units: &[u32], deadline: Option<Instant>) ->
         state.release_units(units, thread)?;
     }
     drop(state);
-    if let Some(trace) = &running.core.trace {
+    if let Some(trace) = &running.core.hall.trace {
         trace.waited(running.layout.units()[units[0] as usize].layer, begun);
     }
     arrived
@@ -274,7 +272,7 @@ fn sleep<'a>(
     deadline: Option<Instant>,
 ) -> MutexGuard<'a, State> {
     state.waiters += 1;
-    let changed = &running.core.changed;
+    let changed = &running.core.hall.changed;
     let mut state = match deadline {
         None => changed.wait(state).unwrap_or_else(PoisonError::into_inner),
         Some(deadline) => {

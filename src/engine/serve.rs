@@ -65,6 +65,21 @@ impl Model {
         }
     }
 
+    /// The pool as a stage for a GPU.
+    ///
+    /// # Errors
+    /// As [`crate::mem::cuda::Stage::new`]; `Internal` before there is a plan.
+    #[cfg(feature = "cuda")]
+    pub(super) fn stage(
+        &self,
+        context: &std::sync::Arc<crate::mem::cuda::Context>,
+    ) -> Result<crate::mem::cuda::Stage> {
+        match self.core_and_waker() {
+            Some((core, _)) => crate::mem::cuda::Stage::new(context, &core.pool()),
+            None => Err(Error::new(ErrorKind::Internal, "no plan was made yet")),
+        }
+    }
+
     /// Where a run of the plan lies in the pool's file.
     #[must_use]
     pub fn pool_offset_bytes(&self, run: &PageRun) -> Option<u64> {

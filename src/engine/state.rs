@@ -478,6 +478,16 @@ impl State {
         self.stall_counts[place] += 1;
     }
 
+    /// Whether everything that stays in memory is there.
+    #[must_use]
+    #[cfg(feature = "cuda")]
+    pub fn residents_are_ready(&self) -> bool {
+        let fetches = self.layout.fetches.iter().zip(&self.fetches);
+        fetches
+            .filter(|(fetch, _)| fetch.transient_of.is_none())
+            .all(|(_, state)| state.phase == Phase::Ready)
+    }
+
     /// How many slots are in which state.
     #[must_use]
     pub fn slot_counts(&self) -> SlotCounts {

@@ -13,7 +13,8 @@ use super::latency::Histogram;
 use super::layout::Layout;
 use super::share::Member;
 use super::state::{Job, Outcome, State};
-use super::trace::{Part, Trace};
+use super::trace::Part;
+use super::wait::Hall;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::mirror::{Copies, Mirrored};
 use crate::io::{
@@ -24,7 +25,7 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long a model's close waits for reads that the kernel still has. After that their memory is leaked on purpose.
@@ -33,10 +34,8 @@ const DRAIN: Duration = Duration::from_secs(5);
 /// What the stream and the hosts share.
 #[derive(Debug)]
 pub struct Core {
-    /// All bookkeeping.
-    pub state: Mutex<State>,
-    /// Signalled when bytes have arrived, or failed to.
-    pub changed: Condvar,
+    /// Where hosts wait.
+    pub hall: Hall,
     /// The memory; hosts take this lock only to measure it.
     pub pool: Mutex<Pool>,
     /// Counters of the reader, as of its last wait.
@@ -47,17 +46,15 @@ pub struct Core {
     pub load_latency: Histogram,
     /// Set to end the stream.
     pub stop: AtomicBool,
-    /// Where events go, when somebody wants them.
-    pub trace: Option<Arc<Trace>>,
 }
 
 impl Core {
-    /// The state, also after a panic elsewhere: its invariants hold between any two statements that can panic.
+    /// The state; see [`Hall::state`].
     pub fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.hall.state()
     }
 
-    /// The pool; see [`Core::state`].
+    /// The pool; see [`Hall::state`].
     pub fn pool(&self) -> MutexGuard<'_, Pool> {
         self.pool.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -255,7 +252,7 @@ impl Stream<'_> {
                 len_bytes,
                 target: queued.target.wrapping_add(skip_bytes as usize),
             };
-            if let Some(trace) = &self.core.trace {
+            if let Some(trace) = &self.core.hall.trace {
                 let len_bytes = len_bytes.min(
                     self.files[fetch.run.shard_index as usize]
                         .len_bytes()
@@ -285,7 +282,7 @@ impl Stream<'_> {
         for completion in &completions {
             let (fetch, request) = (fetch_of(completion.key), completion.key as u32);
             let failed = completion.result.is_err();
-            if let Some(trace) = &self.core.trace {
+            if let Some(trace) = &self.core.hall.trace {
                 trace.read_ended(completion.key, failed);
             }
             if !completion.returned {
@@ -363,11 +360,8 @@ impl Stream<'_> {
         }
     }
 
-    /// Wakes waiting hosts; costs a system call only when there are any.
     fn notify(&self, state: &State) {
-        if state.waiters > 0 {
-            self.core.changed.notify_all();
-        }
+        self.core.hall.notify(state);
     }
 
     /// The reader itself is broken: nobody can be served any more.

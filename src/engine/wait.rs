@@ -4,11 +4,35 @@
 //! it waits, so its layer is not evicted before it had it.
 
 use super::state::{Need, State};
-use super::stream::Core;
+use super::trace::Trace;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::Waker;
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+/// Where hosts and the stream that serves them meet.
+#[derive(Debug)]
+pub struct Hall {
+    /// All bookkeeping.
+    pub state: Mutex<State>,
+    /// Signalled when bytes have arrived, or failed to.
+    pub changed: Condvar,
+    /// Where events go, when somebody wants them.
+    pub trace: Option<Arc<Trace>>,
+}
+
+impl Hall {
+    /// The state, also after a panic elsewhere: its invariants hold between any two statements that can panic.
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Wakes waiting hosts; costs a system call only when there are any.
+    pub fn notify(&self, state: &State) {
+        if state.waiters > 0 {
+            self.changed.notify_all();
+        }
+    }
+}
 
 /// What a host waits for, and who it is.
 #[derive(Debug, Clone, Copy)]
@@ -21,13 +45,13 @@ pub struct Asked {
     pub thread: u64,
 }
 
-/// Asks the stream for a layer and sleeps until it is there; leases it. True for a new lease.
+/// Asks the stream, which `wake` wakes, for a layer and sleeps until it is there; leases it. True for a new lease.
 ///
 /// # Errors
 /// `Busy` for a wait that could last for ever, `Again` and `Timeout`, and what the drive said.
 pub fn wait(
-    core: &Core,
-    waker: &Waker,
+    hall: &Hall,
+    wake: &dyn Fn(),
     mut state: MutexGuard<'_, State>,
     asked: Asked,
     timeout: Option<Duration>,
@@ -53,10 +77,10 @@ pub fn wait(
     drop(state.take_error(layer));
     if timeout.is_some_and(|timeout| timeout.is_zero()) {
         state.tried(layer);
-        let wake = std::mem::take(&mut state.hungry);
+        let hungry = std::mem::take(&mut state.hungry);
         drop(state);
-        if wake {
-            waker.wake();
+        if hungry {
+            wake();
         }
         return Err(Error::new(
             ErrorKind::Again,
@@ -67,14 +91,14 @@ pub fn wait(
     state.stalls += 1;
     state.demand(layer, true);
     let (mut state, result) = sleep(
-        core,
-        waker,
+        hall,
+        wake,
         state,
         asked,
         timeout.map(|timeout| begun + timeout),
     );
     state.stop_waiting(layer);
-    if let Some(trace) = &core.trace {
+    if let Some(trace) = &hall.trace {
         trace.waited(layer, begun);
     }
     state.count_stall(begun);
@@ -83,8 +107,8 @@ pub fn wait(
 }
 
 fn sleep<'a>(
-    core: &'a Core,
-    waker: &Waker,
+    hall: &'a Hall,
+    wake: &dyn Fn(),
     mut state: MutexGuard<'a, State>,
     asked: Asked,
     deadline: Option<Instant>,
@@ -107,8 +131,8 @@ fn sleep<'a>(
         state.demand(layer, false);
         if std::mem::take(&mut state.hungry) {
             drop(state);
-            waker.wake();
-            state = core.state();
+            wake();
+            state = hall.state();
             continue;
         }
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
@@ -118,12 +142,12 @@ fn sleep<'a>(
         }
         state.waiters += 1;
         state = match left {
-            None => core
+            None => hall
                 .changed
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner),
             Some(left) => {
-                core.changed
+                hall.changed
                     .wait_timeout(state, left)
                     .unwrap_or_else(PoisonError::into_inner)
                     .0

@@ -2,7 +2,7 @@
 //!
 //! Invariant: in a build without the feature nothing here can fire; [`Faults::from_env`] answers with none and the
 //! hooks compile away. Besides the reader, `mem` looks at `poison` (a slot is overwritten when it moves) and the engine
-//! at `nowait` (its wait for the bytes is left out, and the suite has to notice).
+//! at `nowait` (its wait for the bytes is left out) and `noevent` (that for a GPU's readers); the suite has to notice.
 //! Place: `reader` of `file -> catalog -> plan -> reader -> pool -> lease -> host`.
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -32,6 +32,8 @@ pub struct Faults {
     pub poison: bool,
     /// For the engine: acquire does not wait for the bytes (`nowait`).
     pub nowait: bool,
+    /// For the engine: slots of VRAM are written again while a GPU reads them (`noevent`).
+    pub noevent: bool,
 }
 
 impl Faults {
@@ -72,6 +74,7 @@ impl Faults {
                 ("panic", Some(v)) => faults.panic = Some(nonzero(word, v)?),
                 ("poison", None) => faults.poison = true,
                 ("nowait", None) => faults.nowait = true,
+                ("noevent", None) => faults.noevent = true,
                 _ => return Err(unknown(word)),
             }
         }
@@ -83,7 +86,7 @@ fn unknown(word: &str) -> Error {
     Error::new(
         ErrorKind::Invalid,
         format!(
-            "{VARIABLE}: '{word}' is not a fault; known: delay_ms=N flip=SHARD:OFFSET eio_every=N short_every=N stuck[=N] panic=N poison nowait"
+            "{VARIABLE}: '{word}' is not a fault; known: delay_ms=N flip=SHARD:OFFSET eio_every=N short_every=N stuck[=N] panic=N poison nowait noevent"
         ),
     )
 }
@@ -169,7 +172,7 @@ mod tests {
     #[test]
     fn every_word_parses_and_any_other_is_named() {
         let faults = Faults::parse(
-            "delay_ms=20, flip=1:4097,flip=0:0,eio_every=3,short_every=2,stuck,panic=9,poison,nowait",
+            "delay_ms=20, flip=1:4097,flip=0:0,eio_every=3,short_every=2,stuck,panic=9,poison,nowait,noevent",
         )
         .unwrap();
         assert_eq!(
@@ -183,6 +186,7 @@ mod tests {
                 panic: Some(9),
                 poison: true,
                 nowait: true,
+                noevent: true,
             }
         );
         assert_eq!(Faults::parse("").unwrap(), Faults::default());

@@ -2,6 +2,8 @@
 //! no printing: functions take plain values and give plain values back, so that tests and other tools can call them.
 
 pub mod analyze;
+#[cfg(feature = "cuda")]
+pub mod bench_gpu;
 pub mod bench_stream;
 pub mod doctor;
 pub mod gguf_write;

@@ -1,0 +1,400 @@
+//! A model on a GPU: the same leases, with weights in VRAM.
+//!
+//! Two engines, one above the other. Below stands a [`Model`] in host memory over just what the upper plan does not keep in
+//! VRAM: it reads the drive into pinned slots and keeps what fits. Above, the same bookkeeping (`state`) hands out slots of
+//! VRAM; `feed` fills them with copies that begin as soon as the bytes below have landed. What stays in VRAM is read once,
+//! through a small model of its own, which then goes.
+//!
+//! Invariants: a lease of a layer is given when the event behind its last copy is done, not before; a slot is written
+//! again only behind the events of those who read it ([`GpuModel::release_after`]); no device is ever synchronised; host
+//! memory is released to the drive only when the copy out of it is done. Place in
+//! `file -> catalog -> plan -> reader -> pool -> **lease** -> host`, on the far side of the link.
+
+mod feed;
+mod source;
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::layout::{Layout, Spans};
+use super::leases::thread_id;
+use super::open::read_catalog;
+use super::options::{BudgetSpec, OpenOptions};
+use super::state::{Need, State};
+use super::stats::Stats;
+use super::wait::{Asked, Hall, wait};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::mirror;
+use crate::mem::cuda::{Context, Event, VramPool};
+use crate::model::Catalog;
+use crate::plan::image::Places;
+use crate::plan::tiers::VRAM_PAGE_BYTES;
+use crate::plan::{self, Plan, TierShare, VramPlan};
+use crate::units::MIB;
+use feed::{Core, Counted, Feed};
+use source::{Source, Sources};
+
+/// Copied, waited for and counted as one: short enough that compute can begin while a layer arrives, long enough that an
+/// event for each costs nothing.
+const PIECE_BYTES: u64 = 4 * MIB;
+
+/// Which GPU, and how much of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GpuOptions {
+    /// Its number, from 0.
+    pub index: u32,
+    /// VRAM for weights.
+    pub vram_bytes: u64,
+    /// Slots in VRAM.
+    pub slots_count: u32,
+}
+
+/// Counters of a model on a GPU since it was opened.
+#[derive(Debug, Clone, Default)]
+pub struct GpuStats {
+    /// Leases given.
+    pub acquires: u64,
+    /// Leases that came back.
+    pub releases: u64,
+    /// Slots of VRAM filled.
+    pub loads: u64,
+    /// Acquires that waited.
+    pub stalls: u64,
+    /// Time they waited.
+    pub stall_ns: u64,
+    /// Bytes copied into VRAM.
+    pub h2d_bytes: u64,
+    /// Of those: out of pinned memory.
+    pub h2d_pinned_bytes: u64,
+    /// Of those: into resident pages, once.
+    pub h2d_resident_bytes: u64,
+    /// Copies asked for.
+    pub copies: u64,
+    /// Host memory that is pinned.
+    pub pinned_bytes: u64,
+    /// Why not all of it can be.
+    pub not_pinned: Option<String>,
+    /// What the model below has done: its drive, its memory.
+    pub host: Stats,
+    /// Bytes read from the drive, those of resident pages included.
+    pub bytes_read: u64,
+}
+
+/// A model on a GPU.
+#[derive(Debug)]
+pub struct GpuModel {
+    // Dropped first: it ends the threads that use the rest.
+    _feed: Feed,
+    core: Arc<Core>,
+    catalog: Catalog,
+    vram: VramPlan,
+    spans: Spans,
+    places: Places,
+}
+
+impl GpuModel {
+    /// Opens the model at `path` (see [`read_catalog`]) with weights on a GPU. `options` say how the rest is held in host
+    /// memory and read; their backing is not looked at.
+    ///
+    /// # Errors
+    /// Those of [`super::Model::open`]; `Refused` when VRAM or memory do not do, with the arithmetic; `Unsupported` and
+    /// `NotFound` without driver or GPU.
+    pub fn open(path: &Path, gpu: &GpuOptions, options: OpenOptions) -> Result<Self> {
+        let (catalog, files) = read_catalog(path)?;
+        let files = mirror::open(files, &options.mirrors)?.into();
+        let vram = VramPlan::new(&catalog, gpu.vram_bytes, gpu.slots_count)?;
+        let context = Context::new(gpu.index)?;
+        let pool = VramPool::new(&context, vram.image.len_bytes, &vram.plan)?;
+        let layout = Arc::new(layout_of(&vram));
+        let page_bytes = options
+            .page_bytes
+            .unwrap_or_else(|| plan::default_page_bytes(&catalog));
+        let options = OpenOptions {
+            page_bytes: Some(page_bytes),
+            ..options
+        };
+        let sources = Sources::open(&catalog, &vram, &layout, &files, &options, &context)?;
+        let slots_count = layout.slots_count as usize;
+        let core = Arc::new(Core {
+            hall: Hall {
+                state: Mutex::new(State::new(Arc::clone(&layout), None)),
+                changed: Condvar::new(),
+                trace: options.trace.clone(),
+            },
+            layout,
+            pieces: vram.image.pieces.concat(),
+            below: sources.below,
+            resident: Mutex::new(sources.resident),
+            pool,
+            last_uses: Mutex::new((0..slots_count).map(|_| Vec::new()).collect()),
+            bell: feed::Bell::default(),
+            retired: feed::Bell::default(),
+            stop: AtomicBool::new(false),
+            counted: Counted::default(),
+        });
+        log::info!(
+            "plan: vram_resident_bytes={} vram_ring_bytes={} link_bytes_per_pass={}",
+            vram.plan.resident_bytes,
+            vram.plan.ring_bytes,
+            vram.link_bytes_per_pass()
+        );
+        Ok(Self {
+            _feed: Feed::start(&core)?,
+            core,
+            spans: Spans::new(&vram.image.catalog),
+            places: Places::new(&vram.image),
+            catalog,
+            vram,
+        })
+    }
+
+    /// What is in the files.
+    #[must_use]
+    pub const fn catalog(&self) -> &Catalog {
+        &self.catalog
+    }
+
+    /// The plan of VRAM and the image it is made for.
+    #[must_use]
+    pub const fn vram(&self) -> &VramPlan {
+        &self.vram
+    }
+
+    /// The plan of the host memory below; `None` where everything is in VRAM.
+    #[must_use]
+    pub fn host_plan(&self) -> Option<&Plan> {
+        self.core.below.as_ref().and_then(|below| below.plan())
+    }
+
+    /// Where each layer's bytes stay between two passes.
+    #[must_use]
+    pub fn shares(&self) -> Vec<TierShare> {
+        match self.host_plan() {
+            Some(lower) => self.vram.shares(&self.catalog, lower),
+            None => {
+                let whole = |bytes: u64| TierShare {
+                    vram_bytes: bytes,
+                    ..TierShare::default()
+                };
+                let layers = self.catalog.layers.iter();
+                layers.map(|layer| whole(layer.bytes)).collect()
+            }
+        }
+    }
+
+    /// The GPU.
+    #[must_use]
+    pub fn context(&self) -> &Arc<Context> {
+        self.core.pool.context()
+    }
+
+    /// The pool in VRAM, to hand to other processes.
+    #[must_use]
+    pub fn pool(&self) -> &VramPool {
+        &self.core.pool
+    }
+
+    /// The constant address, on the GPU, of byte `offset_bytes` of a shard. To be read under a lease of its layer only.
+    #[must_use]
+    pub fn address(&self, shard_index: u32, offset_bytes: u64) -> Option<u64> {
+        let place = self.places.of(shard_index, offset_bytes)?;
+        Some(self.core.pool.base() + place)
+    }
+
+    /// The layer that the weight byte at an address on the GPU belongs to. Lock-free.
+    #[must_use]
+    pub fn layer_of(&self, address: u64) -> Option<u32> {
+        let place = address.checked_sub(self.core.pool.base())?;
+        self.spans.layer_at(0, place)
+    }
+
+    /// Waits until a layer (or only `range`, an address on the GPU and a length) is in VRAM, and keeps it there until
+    /// [`GpuModel::release`]. As [`super::Model::acquire`].
+    ///
+    /// # Errors
+    /// As [`super::Model::acquire`]; `Io` when the GPU is lost.
+    pub fn acquire(
+        &self,
+        layer: u32,
+        range: Option<(u64, u64)>,
+        timeout: Option<Duration>,
+    ) -> Result<()> {
+        let need = self.need(layer, range)?;
+        let thread = thread_id();
+        let mut state = self.core.hall.state();
+        let leased = if state.ready(layer, need) {
+            let leased = state.lease(layer, thread);
+            drop(state);
+            leased
+        } else {
+            let asked = Asked {
+                layer,
+                need,
+                thread,
+            };
+            let wake = || self.core.bell.ring();
+            wait(&self.core.hall, &wake, state, asked, timeout)
+        };
+        if let (Some(trace), true) = (&self.core.hall.trace, leased?) {
+            trace.leased(layer, thread);
+        }
+        Ok(())
+    }
+
+    /// Gives a lease back; nothing on the GPU reads the layer any more.
+    ///
+    /// # Errors
+    /// `Invalid` when the layer is not acquired.
+    pub fn release(&self, layer: u32) -> Result<()> {
+        self.check_layer(layer)?;
+        let hungry = {
+            let mut state = self.core.hall.state();
+            let last = state.release(layer, thread_id())?;
+            if let (Some(trace), true) = (&self.core.hall.trace, last) {
+                trace.released(layer);
+            }
+            std::mem::take(&mut state.hungry)
+        };
+        if hungry {
+            self.core.bell.ring();
+        }
+        Ok(())
+    }
+
+    /// Gives a lease back while the GPU still reads the layer: its slot is written again only when `event`, recorded
+    /// behind the last kernel that reads it, is done. The host does not wait.
+    ///
+    /// # Errors
+    /// `Invalid` when the layer is not acquired.
+    pub fn release_after(&self, layer: u32, event: Event) -> Result<()> {
+        self.check_layer(layer)?;
+        // Before the lease is back: from then on the slot may be given away.
+        let slot = self
+            .core
+            .layout
+            .fixed_slot
+            .get(layer as usize)
+            .copied()
+            .flatten();
+        if let Some(slot) = slot {
+            let mut uses = self.core.last_uses();
+            // Events that are done say nothing any more; an event that failed stays and fails the next copy.
+            uses[slot as usize].retain(|event| !matches!(event.is_done(), Ok(true)));
+            uses[slot as usize].push(event);
+        }
+        self.release(layer)
+    }
+
+    /// Counters so far.
+    #[must_use]
+    pub fn stats(&self) -> GpuStats {
+        let core = &self.core;
+        let host = core
+            .below
+            .as_ref()
+            .map_or_else(Stats::default, |below| below.stats());
+        let pins = core.below.as_ref().map(|below| below.stage().pinned());
+        let counted = &core.counted;
+        let state = core.hall.state();
+        let resident_read = counted.resident_read_bytes.load(Ordering::Relaxed);
+        GpuStats {
+            acquires: state.acquires,
+            releases: state.releases,
+            loads: state.loads,
+            stalls: state.stalls,
+            stall_ns: state.stall_ns,
+            h2d_bytes: counted.h2d_bytes.load(Ordering::Relaxed),
+            h2d_pinned_bytes: counted.h2d_pinned_bytes.load(Ordering::Relaxed),
+            h2d_resident_bytes: counted.h2d_resident_bytes.load(Ordering::Relaxed),
+            copies: counted.copies.load(Ordering::Relaxed),
+            pinned_bytes: pins.map_or(0, |pins| pins.pinned_bytes()),
+            not_pinned: pins
+                .and_then(|pins| pins.failure())
+                .map(|error| error.to_string()),
+            bytes_read: host.bytes_read + resident_read + core.resident_bytes_read(),
+            host,
+        }
+    }
+
+    fn check_layer(&self, layer: u32) -> Result<()> {
+        let count = self.catalog.layers.len();
+        if (layer as usize) < count {
+            return Ok(());
+        }
+        let context = format!("layer {layer} does not exist, the model has {count} layers");
+        Err(Error::new(ErrorKind::Invalid, context))
+    }
+
+    fn need(&self, layer: u32, range: Option<(u64, u64)>) -> Result<Need> {
+        self.check_layer(layer)?;
+        let Some((address, len)) = range else {
+            return Ok(Need::Whole);
+        };
+        let start = address.checked_sub(self.core.pool.base());
+        let span = start.and_then(|start| Some((start, start.checked_add(len)?)));
+        let inside = |start: u64, end: u64| {
+            let extents = &self.vram.image.catalog.layers[layer as usize].extents;
+            let holds = |extent: &crate::units::Extent| {
+                extent.offset_bytes <= start && end <= extent.end_bytes()
+            };
+            len > 0 && extents.iter().any(holds)
+        };
+        match span {
+            Some((start_bytes, end_bytes)) if inside(start_bytes, end_bytes) => Ok(Need::Bytes {
+                shard_index: 0,
+                start_bytes,
+                end_bytes,
+            }),
+            _ => Err(Error::new(
+                ErrorKind::Invalid,
+                format!("{len} bytes at {address:#x} of the GPU are not in layer {layer}"),
+            )),
+        }
+    }
+}
+
+/// What there is to copy: the image's fetches, cut into pieces.
+fn layout_of(vram: &VramPlan) -> Layout {
+    let slots = vram.plan.layers.iter().filter_map(|layer| layer.slot_index);
+    let slots_count = slots.max().map_or(0, |slot| slot + 1);
+    Layout::new(
+        &vram.image.catalog,
+        &vram.plan,
+        PIECE_BYTES,
+        slots_count,
+        true,
+    )
+}
+
+impl Core {
+    fn last_uses(&self) -> std::sync::MutexGuard<'_, Vec<Vec<Event>>> {
+        self.last_uses
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn resident_source(&self) -> Option<Arc<Source>> {
+        self.resident
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    fn resident_bytes_read(&self) -> u64 {
+        self.resident_source()
+            .map_or(0, |source| source.bytes_read())
+    }
+}
+
+const _: () = assert!(PIECE_BYTES.is_multiple_of(VRAM_PAGE_BYTES));
+
+/// What bounds host memory, as bytes for weights or as all of it, with what is set aside already.
+fn less(budget: BudgetSpec, set_aside_bytes: u64) -> BudgetSpec {
+    match budget {
+        BudgetSpec::Pool(bytes) => BudgetSpec::Pool(bytes.saturating_sub(set_aside_bytes)),
+        // What is set aside is memory of the process by then, which the budget counts as the host's.
+        memory @ BudgetSpec::Memory(_) => memory,
+    }
+}
