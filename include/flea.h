@@ -307,6 +307,12 @@ typedef struct flea_stats_data {
   uint64_t row_page_uses;
   // Of those: found in the cache.
   uint64_t row_page_hits;
+  // Experts' parts of tensors that were read because of flea_hint_ranges: acquired later, they are hits.
+  uint64_t expert_reads_ahead;
+  // Bytes read for those: not in expert_bytes_read.
+  uint64_t expert_bytes_read_ahead;
+  // Of those bytes: gone again before anybody acquired them.
+  uint64_t expert_bytes_unused;
 } flea_stats_data;
 
 // A KV codec for vectors of one length. Opaque; it never changes, so any number of threads may use it at a time.
@@ -407,6 +413,17 @@ int32_t flea_acquire_ranges(struct flea_model *model,
 //
 // Threads: any, also another than the acquire's. Returns FLEA_OK or INVALID (they are not acquired).
 int32_t flea_release_ranges(struct flea_model *model, const struct flea_range *ranges, size_t count);
+
+// Says which ranges flea_acquire_ranges will ask for next, in this order: the experts among them are read while nothing else
+// is asked for, into memory that no lease holds, and stay there until they were acquired once. What was said before is
+// forgotten; `count` 0 only forgets. Ranges of weights that come with their layer are passed over, and so is everything
+// where no tensor has FLEA_TENSOR_EXPERTS. A wrong hint costs time, never a wrong byte.
+//
+// `ranges`: `count` of them, 0 to 65536, each inside a tensor of a layer, which may be all of it; not kept.
+// Threads: any. Returns FLEA_OK, INVALID (a range that is not all weights), or what a deferred plan says.
+int32_t flea_hint_ranges(struct flea_model *model,
+                         const struct flea_range *ranges,
+                         size_t count);
 
 // Copies rows of a table of embeddings, those of the tokens that are about to be computed. They are read from the file row
 // by row, many reads at once, unless the table's small cache has them.

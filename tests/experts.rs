@@ -200,6 +200,65 @@ fn a_try_begins_the_reads() {
     model.release_ranges(&ranges).expect("release");
 }
 
+/// Everything that is hinted at is there without a miss, where it fits; where it does not, and where the hint is wrong, every
+/// byte is right all the same.
+#[test]
+fn what_is_hinted_at_is_read_ahead_and_right() {
+    let path = mixture();
+    let file = std::fs::File::open(&path).expect("open");
+    let model_bytes = file.metadata().expect("metadata").len();
+    let least = smallest(&path);
+    for (pool_bytes, fits) in [(least + model_bytes / 2, true), (least, false)] {
+        let model = open(&path, pool_bytes, ReaderKind::Auto);
+        let of_layer = |layer: u32| -> Vec<(usize, usize)> {
+            (0..16)
+                .flat_map(|expert| ranges_of(&model, layer, expert))
+                .collect()
+        };
+        for pass in 0..3 {
+            model.hint_ranges(&of_layer(0)).expect("hint");
+            for layer in 0..6 {
+                let now = of_layer(layer);
+                let mut next = now.clone();
+                // In the last pass the hint is wrong: the layer that was there before.
+                next.extend(of_layer(if pass == 2 {
+                    (layer + 5) % 6
+                } else {
+                    (layer + 1) % 6
+                }));
+                model.hint_ranges(&next).expect("hint");
+                let some = if fits { now.len() } else { 6 };
+                for part in now.chunks(some) {
+                    model.acquire_ranges(part, None).expect("acquire");
+                    for range in part {
+                        check_bytes(&model, &file, *range);
+                    }
+                    model.release_ranges(part).expect("release");
+                }
+            }
+        }
+        model.hint_ranges(&[]).expect("forget");
+        let counts = model.stats().experts;
+        assert_eq!(counts.hits + counts.misses, 3 * 6 * 48);
+        assert!(counts.ahead > 0 && counts.ahead_bytes > 0, "{counts:?}");
+        if fits {
+            assert!(counts.ahead + counts.misses <= 3 * 6 * 48, "{counts:?}");
+        }
+        let (all, known) = {
+            let stats = model.stats();
+            let experts = stats.experts.bytes + stats.experts.ahead_bytes;
+            (
+                stats.bytes_read as f64,
+                (experts + stats.resident_bytes) as f64,
+            )
+        };
+        assert!(
+            (all / known - 1.0).abs() < 0.05,
+            "{all} bytes read, {known} accounted for"
+        );
+    }
+}
+
 #[test]
 fn mistakes_are_errors() {
     let path = mixture();
@@ -220,6 +279,8 @@ fn mistakes_are_errors() {
     ] {
         let error = model.acquire_ranges(&ranges, None).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid, "{what}: {error}");
+        let hinted = model.hint_ranges(&ranges);
+        assert_eq!(hinted.is_ok(), what == "none", "{what}: {hinted:?}");
     }
     let error = model.acquire(0, Some(good), None).unwrap_err();
     assert!(error.to_string().contains("flea_acquire_ranges"), "{error}");

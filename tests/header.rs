@@ -64,6 +64,7 @@ fn the_header_has_these_calls_and_no_others() {
         "flea_acquire",
         "flea_acquire_ranges",
         "flea_hint",
+        "flea_hint_ranges",
         "flea_kv_bound",
         "flea_kv_calibrate",
         "flea_kv_close",

@@ -251,6 +251,12 @@ fn check_experts(arch: &str, dtype: &str) {
                 (hits > 0.0 || memory == least) && misses > 0.0,
                 "{what}: {result}"
             );
+            // Tokens one by one are not foreseen; a batch that needs every expert is, unless not even one layer's fit.
+            let ahead = number(&result, "expert_reads_ahead");
+            assert!(
+                (ahead > 0.0) == (prompt.len() > 1 && memory != least),
+                "{what}: {result}"
+            );
             assert!(
                 number(&result, "expert_cuts") >= 12.0 * 6.0,
                 "{what}: {result}"
@@ -263,8 +269,17 @@ fn check_experts(arch: &str, dtype: &str) {
                 (read / (misses * each) - 1.0).abs() < 0.05,
                 "{what}: {read} bytes read for {misses} parts of {each}"
             );
+            let (decoded, missed) = (
+                number(&result, "decode_expert_bytes_read"),
+                number(&result, "decode_expert_misses"),
+            );
+            assert!(
+                missed > 0.0 && missed <= misses && (decoded / (missed * each) - 1.0).abs() < 0.05,
+                "{what}: {decoded} bytes read while decoding for {missed} parts of {each}"
+            );
+            let read_ahead = number(&result, "expert_bytes_read_ahead");
             let all = number(&result, "bytes_read");
-            let known = read + number(&result, "resident_bytes");
+            let known = read + read_ahead + number(&result, "resident_bytes");
             assert!(
                 (all / known - 1.0).abs() < 0.02,
                 "{what}: {all} bytes read, {known} known"

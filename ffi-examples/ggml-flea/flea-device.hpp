@@ -199,6 +199,11 @@ struct Stream {
     void * abort_data = nullptr;
     std::vector<Step> steps;
     std::vector<uint32_t> order;
+    // Experts that are read ahead of their use.
+    bool reads_ahead = true;          // as long as the cache holds what a batch needs of one layer
+    double chosen_share = 1.0;        // of a layer's experts, by the last batch that could have chosen all
+    Model * hinted = nullptr;         // the model that was told what comes next
+    std::vector<flea_range> ahead;
 
     Stream();
     ~Stream();
@@ -284,6 +289,9 @@ ggml_status compute_arriving(Stream & stream, ggml_cgraph * graph, const Step & 
 
 // True when a step has operations whose experts are fetched one by one.
 bool has_routed(ggml_cgraph * graph, const Step & step);
+// Before the first step, and after the last: says which experts a long batch will need first; forgets what was said.
+void tell_first_experts(Stream & stream, ggml_cgraph * graph);
+void forget_experts(Stream & stream);
 // Computes such a step, whose layer is leased.
 ggml_status compute_routed(Stream & stream, ggml_cgraph * graph, const Step & step, int32_t * status);
 // Copies bytes [from, to) of a weight whose experts are fetched one by one.

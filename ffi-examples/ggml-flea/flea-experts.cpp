@@ -6,9 +6,13 @@
 // operation is computed in groups of experts: the rows of a group are copied out, multiplied, and copied back. The CPU
 // backend multiplies the rows of one expert at a time, and all rows of an expert are in one group, so the result is the same
 // to the last bit.
+//
+// A long batch chooses nearly all experts of every layer, whatever the router says: then flea is told to read the next
+// layer's while this one is computed.
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <string>
 #include <thread>
@@ -21,6 +25,8 @@ namespace {
 
 constexpr int64_t wait_ns = 1000000000;  // one attempt; in between the host's abort callback is asked
 constexpr std::chrono::seconds busy_limit { 120 };
+// Below this share of a layer's experts, reading all of them ahead reads too much that nobody uses.
+constexpr double whole_layer_share = 0.9;
 // What the rows of a group may take: half of what a budget holds back for things nobody counted (32 MiB).
 constexpr size_t scratch_bytes_max = 16u << 20;
 
@@ -34,6 +40,26 @@ const Weight * routed_weight(const ggml_tensor * node) {
 flea_range range_of(const ggml_tensor * node, int32_t expert) {
     const ggml_tensor * stack = node->src[0];
     return { (const char *) stack->data + (size_t) expert * stack->nb[2], stack->nb[2] };
+}
+
+int next_routed(ggml_cgraph * graph, int begin, int end) {
+    int i = begin;
+    while (i < end && !routed_weight(ggml_graph_node(graph, i))) { ++i; }
+    return i;
+}
+
+// Calls visit(node) for the operations in [begin, end) that follow the ids which the one at `begin` follows; ends where other
+// ids are followed, and returns where that is.
+template <typename Visit> int visit_routed(ggml_cgraph * graph, int begin, int end, Visit visit) {
+    const ggml_tensor * first = ggml_graph_node(graph, begin);
+    int i = begin;
+    for (; i < end; ++i) {
+        const ggml_tensor * node = ggml_graph_node(graph, i);
+        if (!routed_weight(node)) { continue; }
+        if (node->src[2] != first->src[2] || node->src[0]->ne[2] != first->src[0]->ne[2]) { break; }
+        visit(node);
+    }
+    return i;
 }
 
 // A lease on experts; given back by the destructor.
@@ -221,16 +247,52 @@ ggml_status compute_groups(Stream & stream, ggml_cgraph * graph, int index, Mode
     return GGML_STATUS_SUCCESS;
 }
 
-int next_routed(ggml_cgraph * graph, int begin, int end) {
-    int i = begin;
-    while (i < end && !routed_weight(ggml_graph_node(graph, i))) { ++i; }
-    return i;
+// ---- ahead
+
+// The share of a layer's experts that an operation uses if its tokens choose evenly and each for itself.
+double even_share(const ggml_tensor * node) {
+    const double one = (double) node->src[2]->ne[0] / (double) node->src[0]->ne[2];
+    return 1.0 - std::pow(1.0 - one, (double) node->src[2]->ne[1]);
+}
+
+// Tells flea to read `now`, and then all experts of the operations that follow the next router after `from`, if nearly all of
+// them will be chosen.
+void tell_next(Stream & stream, ggml_cgraph * graph, int from, const std::vector<flea_range> & now) {
+    if (!stream.reads_ahead) { return; }
+    const int count = ggml_graph_n_nodes(graph);
+    const int next = next_routed(graph, from, count);
+    if (next == count) { return; }
+    const ggml_tensor * node = ggml_graph_node(graph, next);
+    if (std::min(even_share(node), stream.chosen_share) < whole_layer_share) { return; }
+    stream.ahead = now;
+    visit_routed(graph, next, count, [&](const ggml_tensor * other) {
+        const Weight * weight = routed_weight(other);
+        stream.ahead.push_back({ weight->data, weight->bytes });
+    });
+    stream.hinted = routed_weight(node)->model;
+    if (flea_hint_ranges(stream.hinted->handle, stream.ahead.data(), stream.ahead.size()) != FLEA_OK) {
+        log_line(LogLevel::debug, "hint: %s", flea_last_error());  // costs waits, never wrong bytes
+    }
+}
+
+// How many of its experts a long batch has chosen is the best guess for the next layer.
+void note_choice(Stream & stream, const ggml_tensor * node, size_t chosen_count) {
+    if (even_share(node) < whole_layer_share) { return; }
+    stream.chosen_share = (double) chosen_count / (double) node->src[0]->ne[2];
 }
 
 }  // namespace
 
 bool has_routed(ggml_cgraph * graph, const Step & step) {
     return next_routed(graph, step.begin, step.end) < step.end;
+}
+
+void tell_first_experts(Stream & stream, ggml_cgraph * graph) { tell_next(stream, graph, 0, {}); }
+
+void forget_experts(Stream & stream) {
+    if (!stream.hinted) { return; }
+    flea_hint_ranges(stream.hinted->handle, nullptr, 0);
+    stream.hinted = nullptr;
 }
 
 ggml_status compute_routed(Stream & stream, ggml_cgraph * graph, const Step & step, int32_t * status) {
@@ -246,19 +308,20 @@ ggml_status compute_routed(Stream & stream, ggml_cgraph * graph, const Step & st
 
         // Everything that follows the same ids, up to where others are needed.
         ExpertLease lease(step.model);
-        int end = routed;
-        for (; end < step.end; ++end) {
-            const ggml_tensor * other = ggml_graph_node(graph, end);
-            if (!routed_weight(other)) { continue; }
-            if (other->src[2] != node->src[2] || other->src[0]->ne[2] != node->src[0]->ne[2]) { break; }
+        const int end = visit_routed(graph, routed, step.end, [&](const ggml_tensor * other) {
             for (const int32_t expert : experts) { lease.ranges.push_back(range_of(other, expert)); }
-        }
+        });
+        note_choice(stream, node, experts.size());
+        tell_next(stream, graph, end, lease.ranges);
         // The last layer of a batch of which nobody wants a result has no rows.
         *status = experts.empty() ? FLEA_OK : lease.take(stream);
         if (*status == FLEA_OK) {
             computed = compute_nodes(stream, graph, routed, end);
             at = end;
         } else if (*status == FLEA_E_REFUSED) {
+            // Not even one layer's fit: what is read ahead would only be in the way of the groups.
+            stream.reads_ahead = false;
+            forget_experts(stream);
             computed = compute_groups(stream, graph, routed, step.model, experts, uses, status);
             at = routed + 1;
         } else {

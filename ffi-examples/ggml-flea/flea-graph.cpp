@@ -325,6 +325,7 @@ ggml_status graph_compute(Stream & stream, ggml_cgraph * graph) {
     int32_t status = prepare_rows(graph, stream.steps);
     if (status != FLEA_OK) { return GGML_STATUS_FAILED; }
     tell_order(stream);
+    tell_first_experts(stream, graph);
     Lease lease;
     KvLease kv;
     for (const Step & step : stream.steps) {
@@ -333,11 +334,13 @@ ggml_status graph_compute(Stream & stream, ggml_cgraph * graph) {
         if (computed == GGML_STATUS_SUCCESS) { continue; }
         lease.release();
         forget_order(stream);
+        forget_experts(stream);
         if (status == FLEA_E_CANCELED) { return GGML_STATUS_ABORTED; }
         if (has_kv && status != FLEA_OK) { report(*step.model, step.layer, status); }
         return computed;
     }
     lease.release();
+    forget_experts(stream);
     sample_memory();
     return GGML_STATUS_SUCCESS;
 }

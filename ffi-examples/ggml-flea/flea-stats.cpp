@@ -142,6 +142,9 @@ std::string json(const Snapshot & s) {
     object.number("row_reads", stats.row_reads);
     object.number("row_bytes_read", stats.row_bytes_read);
     object.number("row_cuts", counters.row_cuts);
+    object.number("expert_reads_ahead", stats.expert_reads_ahead);
+    object.number("expert_bytes_read_ahead", stats.expert_bytes_read_ahead);
+    object.number("expert_bytes_unused", stats.expert_bytes_unused);
     const char * text = nullptr;
     const int32_t status = ggml_backend_flea_last_failure(&text);
     object.raw("error", status == FLEA_OK ? "null" : "{\"status\":" + quoted(flea_status_name(status)) + ",\"message\":" + quoted(text) + "}");

@@ -4,6 +4,7 @@
 //! that lies in a slot is the only one there; a lease of several units is given whole or not at all, so that two hosts
 //! that each want half of the cache cannot wait for each other for ever.
 
+use super::ahead::Ahead;
 use super::layout::Layout;
 use super::state::{Job, Phase, Slot, State};
 use crate::error::{Error, ErrorKind, Result};
@@ -30,6 +31,12 @@ pub struct ExpertCounts {
     pub misses: u64,
     /// Bytes read for them: whole pages.
     pub bytes: u64,
+    /// Units read because a host said that it would lease them: leased later, they are hits.
+    pub ahead: u64,
+    /// Bytes read for those: whole pages.
+    pub ahead_bytes: u64,
+    /// Of those bytes: gone again before anybody leased them.
+    pub unused_bytes: u64,
 }
 
 /// The cache of one model.
@@ -45,7 +52,9 @@ pub(super) struct Experts {
     /// Units to be read, in the order they were asked for.
     queue: VecDeque<u32>,
     /// What the last attempt to read a unit said.
-    errors: HashMap<u32, Error>,
+    pub(super) errors: HashMap<u32, Error>,
+    /// Units that will be leased soon.
+    pub(super) ahead: Ahead,
     pub(super) counts: ExpertCounts,
 }
 
@@ -82,6 +91,7 @@ impl Experts {
         Some(Self {
             classes,
             leases: vec![0; places.len()],
+            ahead: Ahead::new(places.len()),
             places,
             held: HashMap::with_capacity(64),
             queue: VecDeque::with_capacity(1024),
@@ -90,12 +100,13 @@ impl Experts {
         })
     }
 
-    fn pin(&mut self, unit: u32) {
+    /// Keeps a unit that has a slot there; false for one that has none.
+    pub(super) fn pin(&mut self, unit: u32) -> bool {
         let (class, id) = self.places[unit as usize];
-        self.classes[class as usize].policy.pin(id);
+        self.classes[class as usize].policy.pin(id)
     }
 
-    fn unpin(&mut self, unit: u32) {
+    pub(super) fn unpin(&mut self, unit: u32) {
         let (class, id) = self.places[unit as usize];
         self.classes[class as usize].policy.unpin(id);
     }
@@ -129,7 +140,9 @@ impl State {
 
     /// Leases `units` (each once) for `thread`, and starts to read those that are missing.
     pub(super) fn lease_units(&mut self, units: &[u32], thread: u64) -> Room {
-        if !self.hold_units(units) {
+        // What is kept for later gives way to what is needed now.
+        let held = self.hold_units(units) || self.forget_wishes() && self.hold_units(units);
+        if !held {
             return Room::Full;
         }
         let Some(experts) = &mut self.experts else {
@@ -138,24 +151,42 @@ impl State {
         experts.counts.calls += 1;
         *experts.held.entry(thread).or_insert(0) += units.len() as u32;
         for &unit in units {
-            let fetch = self.layout.first_unit + unit;
-            let state = &mut self.fetches[fetch as usize];
-            if state.phase != Phase::Absent {
-                experts.counts.hits += 1;
-                continue;
-            }
-            let entry = &self.layout.fetches[fetch as usize];
-            state.phase = Phase::Loading;
-            state.done.fill(0);
-            state.lost = false;
-            state.outstanding = entry.request_count;
-            experts.counts.misses += 1;
-            experts.counts.bytes += entry.len_bytes;
-            experts.errors.remove(&unit);
-            experts.pin(unit); // until it is read
-            experts.queue.push_back(unit);
+            self.count_lease(unit);
         }
         Room::Leased
+    }
+
+    /// Books the lease of a unit that has a slot, and asks for it where it is missing.
+    fn count_lease(&mut self, unit: u32) {
+        let fetch = (self.layout.first_unit + unit) as usize;
+        let Some(experts) = &mut self.experts else {
+            return;
+        };
+        if experts.ahead.leased(unit) {
+            experts.unpin(unit);
+        }
+        if self.fetches[fetch].phase != Phase::Absent {
+            experts.counts.hits += 1;
+            return;
+        }
+        experts.counts.misses += 1;
+        experts.counts.bytes += self.layout.fetches[fetch].len_bytes;
+        experts.errors.remove(&unit);
+        experts.queue.push_back(unit);
+        self.begin_unit(unit);
+    }
+
+    /// Marks a unit that has a slot as being read.
+    pub(super) fn begin_unit(&mut self, unit: u32) {
+        let fetch = self.layout.first_unit + unit;
+        let state = &mut self.fetches[fetch as usize];
+        state.phase = Phase::Loading;
+        state.done.fill(0);
+        state.lost = false;
+        state.outstanding = self.layout.fetches[fetch as usize].request_count;
+        if let Some(experts) = &mut self.experts {
+            experts.pin(unit); // until it is read
+        }
     }
 
     /// Gives every unit a slot and keeps it there; all of them or none.
@@ -172,32 +203,51 @@ impl State {
             }
         }
         for (index, &unit) in units.iter().enumerate() {
-            let (class, id) = experts.places[unit as usize];
-            let cache = &mut experts.classes[class as usize];
             let fetch = (self.layout.first_unit + unit) as usize;
             // Held already, by the loop above: a unit in the policy has a slot.
             if self.fetches[fetch].slot.is_some() {
                 continue;
             }
-            let slot = match cache.policy.admit(id) {
-                Admission::Free => cache.free.pop(),
-                Admission::Evicted(victim) => {
-                    let victim = self.layout.first_unit + cache.units[victim as usize];
-                    let state = &mut self.fetches[victim as usize];
-                    state.phase = Phase::Absent;
-                    state.slot.take()
-                }
-                Admission::Present | Admission::Refused => None,
-            };
-            let Some(slot) = slot else {
+            if !self.admit_unit(unit) {
                 self.let_go(units, index);
                 return false;
-            };
-            cache.policy.pin(id);
-            experts.leases[unit as usize] += 1;
-            self.slots[slot as usize] = Slot::Holds(fetch as u32);
-            self.fetches[fetch].slot = Some(slot);
+            }
+            if let Some(experts) = &mut self.experts {
+                experts.pin(unit);
+                experts.leases[unit as usize] += 1;
+            }
         }
+        true
+    }
+
+    /// Gives a unit that has no slot one, that of another unit if none is free; false where all are held.
+    pub(super) fn admit_unit(&mut self, unit: u32) -> bool {
+        let first_unit = self.layout.first_unit;
+        let Some(experts) = &mut self.experts else {
+            return false;
+        };
+        let (class, id) = experts.places[unit as usize];
+        let cache = &mut experts.classes[class as usize];
+        let slot = match cache.policy.admit(id) {
+            Admission::Free => cache.free.pop(),
+            Admission::Evicted(victim) => {
+                let victim = cache.units[victim as usize];
+                let fetch = (first_unit + victim) as usize;
+                if experts.ahead.evicted(victim) {
+                    experts.counts.unused_bytes += self.layout.fetches[fetch].len_bytes;
+                }
+                let state = &mut self.fetches[fetch];
+                state.phase = Phase::Absent;
+                state.slot.take()
+            }
+            Admission::Present | Admission::Refused => None,
+        };
+        let Some(slot) = slot else {
+            return false;
+        };
+        let fetch = first_unit + unit;
+        self.slots[slot as usize] = Slot::Holds(fetch);
+        self.fetches[fetch as usize].slot = Some(slot);
         true
     }
 
@@ -303,7 +353,9 @@ impl State {
             return;
         };
         experts.unpin(unit);
+        experts.ahead.settled(unit);
         if lost {
+            experts.ahead.leased(unit);
             let (class, id) = experts.places[unit as usize];
             let policy = &mut experts.classes[class as usize].policy;
             policy.remove(id);

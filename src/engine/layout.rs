@@ -156,6 +156,18 @@ impl Layout {
         (self.experts.is_some() && fetch >= self.first_unit).then(|| fetch - self.first_unit)
     }
 
+    /// True for a fetch of pages that stay for good.
+    pub fn is_resident(&self, fetch: u32) -> bool {
+        let transient = self.fetches[fetch as usize].transient_of.is_some();
+        !transient && self.unit_of(fetch).is_none()
+    }
+
+    /// How many such fetches there are.
+    pub fn residents_count(&self) -> u32 {
+        let all = 0..self.fetches.len() as u32;
+        all.filter(|fetch| self.is_resident(*fetch)).count() as u32
+    }
+
     /// The units that have bytes in a range of a shard.
     pub fn units_in(&self, shard_index: u32, start_bytes: u64, end_bytes: u64) -> Range<u32> {
         let units = self.units();

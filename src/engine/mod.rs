@@ -6,6 +6,7 @@
 //! * [`ranges`]: leases of byte ranges. * [`rows`]: rows of embeddings, copied out. * [`board`]: leases of other processes. * `wait`: how a host sleeps for it.
 //! * `stream`: the one thread that moves bytes. * `gpu`: the same one floor up, into VRAM.
 
+mod ahead;
 pub mod board;
 mod counting;
 mod experts;

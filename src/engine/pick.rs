@@ -18,6 +18,8 @@ const COURTESY_MOST: Duration = Duration::from_millis(100);
 const COURTESY_LOOK: Duration = Duration::from_millis(2);
 /// A layer that somebody waited for is kept this long for him to take it.
 const TAKE_UP: Duration = Duration::from_millis(20);
+/// Layers to come whose own reads go before those of experts that will be leased.
+const NEAR_LAYERS: usize = 2;
 /// A layer whose slot others want is not given to new holders after this long.
 const CLOSING: Duration = Duration::from_millis(100);
 
@@ -114,6 +116,10 @@ impl Foresight {
 impl State {
     /// The next fetch to start: demanded layers first, then the layers to come. Marks it as loading.
     pub fn pick(&mut self) -> Option<Job> {
+        // Beside a cache of experts there is no ring: once the rest is there, only they come and go.
+        if self.experts.is_some() && self.residents_left == 0 {
+            return self.pick_unit().or_else(|| self.pick_wish());
+        }
         let board = self.board.clone();
         self.picks += 1;
         match board.as_deref() {
@@ -151,6 +157,11 @@ impl State {
         }
         let mut slots_left = true;
         for index in 0..self.layers.len() {
+            if index == NEAR_LAYERS
+                && let Some(job) = self.pick_wish()
+            {
+                return Some(job);
+            }
             let Some(layer) = self.foresight.upcoming(index) else {
                 break;
             };
@@ -166,7 +177,7 @@ impl State {
             // Slots go to the nearest layer that wants one; resident pages further on can be read meanwhile.
             slots_left &= !self.transient_absent(layer);
         }
-        None
+        self.pick_wish()
     }
 
     /// Hears what the clients of the daemon want, and merges their orders.

@@ -1,15 +1,18 @@
 //! Leases of byte ranges: what a host needs that finds out at run time which weights it needs.
 //!
 //! Ranges of weights that come with their layer are leases of that layer; ranges of experts that are fetched one by one
-//! are leases of those. All reads of a call are asked for before the first is waited for. Invariant: a call gets all of
-//! its ranges or none. Place in `file -> catalog -> plan -> reader -> pool -> **lease** -> host`.
+//! are leases of those. All reads of a call are asked for before the first is waited for; a hint says what will be asked for
+//! next. Invariant: a call gets all of its ranges or none. Place in
+//! `file -> catalog -> plan -> reader -> pool -> **lease** -> host`.
 
 use super::experts::Room;
 use super::leases::thread_id;
 use super::model::{Model, Running};
 use super::state::{Need, State};
 use crate::error::{Error, ErrorKind, Result};
+use crate::units::Extent;
 use std::cell::RefCell;
+use std::ops::Range;
 use std::sync::{MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -72,12 +75,47 @@ impl Model {
                 state.release_units(&wanted.units, thread_id())?;
                 // Somebody may wait for room.
                 running.core.hall.notify(&state);
+                if state.wants_room() {
+                    drop(state);
+                    running.started.waker.wake();
+                }
             }
             let mut result = Ok(());
             for (layer, _) in &wanted.layers {
                 result = result.and(self.release(*layer));
             }
             result
+        })
+    }
+
+    /// Says which ranges will be acquired next, in this order: experts among them are read while nothing else is asked for,
+    /// into slots that nobody holds, and stay until they were acquired once. What was said before is forgotten; nothing at
+    /// all forgets it as well. A wrong hint costs time, never a wrong byte.
+    ///
+    /// # Errors
+    /// `Invalid` for a range that is not all weights, and for more than [`RANGES_MAX`]; those of a deferred plan.
+    pub fn hint_ranges(&self, ranges: &[(usize, usize)]) -> Result<()> {
+        if ranges.is_empty() && self.plan().is_none() {
+            return Ok(());
+        }
+        if ranges.len() > RANGES_MAX {
+            return Err(wrong_count(ranges.len()));
+        }
+        let running = self.running()?;
+        WANTED.with(|wanted| {
+            let mut wanted = wanted.take();
+            let located = self.locate_units(running, ranges, &mut wanted.units);
+            if located.is_ok() {
+                let mut state = running.core.state();
+                state.wish(&wanted.units);
+                let wake = std::mem::take(&mut state.hungry);
+                drop(state);
+                if wake {
+                    running.started.waker.wake();
+                }
+            }
+            WANTED.set(wanted);
+            located
         })
     }
 
@@ -94,8 +132,7 @@ impl Model {
         then: impl FnOnce(&Running, &Wanted) -> Result<T>,
     ) -> Result<T> {
         if ranges.is_empty() || ranges.len() > RANGES_MAX {
-            let context = format!("{} ranges; 1 to {RANGES_MAX} are possible", ranges.len());
-            return Err(Error::new(ErrorKind::Invalid, context));
+            return Err(wrong_count(ranges.len()));
         }
         let running = self.running()?;
         WANTED.with(|wanted| {
@@ -116,40 +153,14 @@ impl Model {
         wanted.layers.clear();
         wanted.units.clear();
         let layout = &running.layout;
-        for &(address, len) in ranges {
-            let invalid = || {
-                let context = format!(
-                    "{len} bytes at {address:#x} are not all weights of the model's layers"
-                );
-                Error::new(ErrorKind::Invalid, context)
-            };
-            let (shard_index, start_bytes) = self.windows.locate(address).ok_or_else(invalid)?;
-            let end_bytes = start_bytes.checked_add(len as u64).ok_or_else(invalid)?;
-            if len == 0 {
-                return Err(invalid());
-            }
-            let mut at = start_bytes;
-            while at < end_bytes {
-                let (layer, part_end) = self.spans.part_at(shard_index, at).ok_or_else(invalid)?;
-                let end = part_end.min(end_bytes);
-                if layout.experts.is_some() {
-                    // What does not come and go with the units is resident.
-                    wanted.layers.push((layer, Need::Whole));
-                } else {
-                    wanted.layers.push((
-                        layer,
-                        Need::Bytes {
-                            shard_index,
-                            start_bytes: at,
-                            end_bytes: end,
-                        },
-                    ));
-                }
-                at = end;
-            }
-            wanted
-                .units
-                .extend(layout.units_in(shard_index, start_bytes, end_bytes));
+        for &range in ranges {
+            let layers = &mut wanted.layers;
+            let extent = self.locate(range, |layer, need| match layout.experts {
+                // What does not come and go with the units is resident.
+                Some(_) => layers.push((layer, Need::Whole)),
+                None => layers.push((layer, need)),
+            })?;
+            wanted.units.extend(units_of(running, &extent));
         }
         if layout.experts.is_some() {
             wanted.layers.sort_unstable_by_key(|(layer, _)| *layer);
@@ -158,6 +169,57 @@ impl Model {
         wanted.units.sort_unstable();
         wanted.units.dedup();
         Ok(())
+    }
+
+    /// The units of `ranges`, in the order of these.
+    fn locate_units(
+        &self,
+        running: &Running,
+        ranges: &[(usize, usize)],
+        units: &mut Vec<u32>,
+    ) -> Result<()> {
+        units.clear();
+        for &range in ranges {
+            let extent = self.locate(range, |_, _| ())?;
+            units.extend(units_of(running, &extent));
+        }
+        Ok(())
+    }
+
+    /// Where a range lies. `each` hears of its part in every layer; one that is not all weights is an error.
+    fn locate(
+        &self,
+        (address, len): (usize, usize),
+        mut each: impl FnMut(u32, Need),
+    ) -> Result<Extent> {
+        let invalid = || {
+            let context =
+                format!("{len} bytes at {address:#x} are not all weights of the model's layers");
+            Error::new(ErrorKind::Invalid, context)
+        };
+        let (shard_index, offset_bytes) = self.windows.locate(address).ok_or_else(invalid)?;
+        let end_bytes = offset_bytes
+            .checked_add(len as u64)
+            .filter(|end| *end > offset_bytes)
+            .ok_or_else(invalid)?;
+        let mut start_bytes = offset_bytes;
+        while start_bytes < end_bytes {
+            let part = self.spans.part_at(shard_index, start_bytes);
+            let (layer, part_end) = part.ok_or_else(invalid)?;
+            let end = part_end.min(end_bytes);
+            let need = Need::Bytes {
+                shard_index,
+                start_bytes,
+                end_bytes: end,
+            };
+            each(layer, need);
+            start_bytes = end;
+        }
+        Ok(Extent {
+            shard_index,
+            offset_bytes,
+            len_bytes: end_bytes - offset_bytes,
+        })
     }
 
     /// Tells the stream about every layer that is missing, before the first is waited for.
@@ -187,6 +249,18 @@ impl Model {
     }
 }
 
+fn wrong_count(count: usize) -> Error {
+    let context = format!("{count} ranges; 1 to {RANGES_MAX} are possible");
+    Error::new(ErrorKind::Invalid, context)
+}
+
+fn units_of(running: &Running, extent: &Extent) -> Range<u32> {
+    let end_bytes = extent.end_bytes();
+    running
+        .layout
+        .units_in(extent.shard_index, extent.offset_bytes, end_bytes)
+}
+
 /// Leases units and waits until they are there.
 fn acquire_units(running: &Running, units: &[u32], deadline: Option<Instant>) -> Result<()> {
     if units.is_empty() {
@@ -196,7 +270,7 @@ fn acquire_units(running: &Running, units: &[u32], deadline: Option<Instant>) ->
     let begun = Instant::now();
     let mut state = running.core.state();
     while state.lease_units(units, thread) == Room::Full {
-        if state.holds_units(thread) {
+        if state.holds_units(thread) && !state.reads_ahead() {
             let context = format!(
                 "{} experts do not fit into the cache beside those that are leased, and this thread holds some; release \
                  them first",

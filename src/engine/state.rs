@@ -109,6 +109,8 @@ pub struct State {
     pub(super) slots: Vec<Slot>,
     /// The cache of experts, where the plan has one.
     pub(super) experts: Option<Experts>,
+    /// Fetches of resident pages that are still to be read.
+    pub(super) residents_left: u32,
     leases: Leases,
     pub(super) demands: VecDeque<u32>,
     pub(super) order: Order,
@@ -168,6 +170,7 @@ impl State {
             layers_of_fetch,
             slots: vec![Slot::Free; layout.all_slots_count() as usize],
             experts: Experts::new(&layout, PolicyKind::default()),
+            residents_left: layout.residents_count(),
             leases: Leases::default(),
             demands: VecDeque::with_capacity(layout.of_layer.len()),
             order: Order::new(layout.of_layer.len()),
@@ -454,6 +457,7 @@ impl State {
     pub fn published(&mut self, fetch: u32) {
         self.fetches[fetch as usize].phase = Phase::Ready;
         self.unit_settled(fetch, false);
+        self.residents_left -= u32::from(self.layout.is_resident(fetch));
         self.loads += u64::from(self.fetches[fetch as usize].slot.is_some());
         for index in 0..self.layers_of_fetch[fetch as usize].len() {
             let layer = self.layers_of_fetch[fetch as usize][index];

@@ -258,6 +258,37 @@ pub unsafe extern "C" fn flea_release_ranges(
     })
 }
 
+/// Says which ranges flea_acquire_ranges will ask for next, in this order: the experts among them are read while nothing else
+/// is asked for, into memory that no lease holds, and stay there until they were acquired once. What was said before is
+/// forgotten; `count` 0 only forgets. Ranges of weights that come with their layer are passed over, and so is everything
+/// where no tensor has FLEA_TENSOR_EXPERTS. A wrong hint costs time, never a wrong byte.
+///
+/// `ranges`: `count` of them, 0 to 65536, each inside a tensor of a layer, which may be all of it; not kept.
+/// Threads: any. Returns FLEA_OK, INVALID (a range that is not all weights), or what a deferred plan says.
+///
+/// # Safety
+/// `model` is open; `ranges` has `count` elements, and may be NULL when `count` is 0.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flea_hint_ranges(
+    model: *mut flea_model,
+    ranges: *const flea_range,
+    count: usize,
+) -> i32 {
+    guard(|| {
+        // SAFETY: by this function's contract.
+        let handle = unsafe { handle(model) }?;
+        if count == 0 {
+            handle.model.hint_ranges(&[])?;
+            return Ok(0);
+        }
+        // SAFETY: by this function's contract.
+        let ranges = unsafe { ranges_of(ranges, count) }?;
+        handle.refresh_pending();
+        handle.model.hint_ranges(&ranges)?;
+        Ok(0)
+    })
+}
+
 /// A host's ranges as addresses and lengths.
 ///
 /// # Safety

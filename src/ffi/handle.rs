@@ -175,6 +175,9 @@ impl Handle {
             row_bytes_read: stats.rows.bytes,
             row_page_uses: stats.rows.page_uses,
             row_page_hits: stats.rows.page_hits,
+            expert_reads_ahead: stats.experts.ahead,
+            expert_bytes_read_ahead: stats.experts.ahead_bytes,
+            expert_bytes_unused: stats.experts.unused_bytes,
         }
     }
 }

@@ -259,6 +259,12 @@ pub struct flea_stats_data {
     pub row_page_uses: u64,
     /// Of those: found in the cache.
     pub row_page_hits: u64,
+    /// Experts' parts of tensors that were read because of flea_hint_ranges: acquired later, they are hits.
+    pub expert_reads_ahead: u64,
+    /// Bytes read for those: not in expert_bytes_read.
+    pub expert_bytes_read_ahead: u64,
+    /// Of those bytes: gone again before anybody acquired them.
+    pub expert_bytes_unused: u64,
 }
 
 /// A range of a model's addresses.

@@ -14,8 +14,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ffi::calls;
 use crate::ffi::handle::model_of;
 use crate::ffi::types::{self, flea_info, flea_model, flea_open_options, flea_stats_data};
+use crate::host::figures::Figures;
 use crate::host::kv_disk::{KvCalls, KvDisk};
-use crate::host::session::Figures;
 use crate::proto::Opened;
 
 #[repr(C)]
@@ -346,6 +346,9 @@ impl Handle {
         figures.expert_hits = stats.expert_hits;
         figures.expert_misses = stats.expert_misses;
         figures.expert_bytes_read = stats.expert_bytes_read;
+        figures.expert_reads_ahead = stats.expert_reads_ahead;
+        figures.expert_bytes_read_ahead = stats.expert_bytes_read_ahead;
+        figures.expert_bytes_unused = stats.expert_bytes_unused;
         figures.rows_bytes = info.rows_bytes;
         figures.rows = stats.rows;
         figures.row_reads = stats.row_reads;

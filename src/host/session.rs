@@ -7,18 +7,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use crate::engine::{Trace, read_catalog};
+use crate::engine::{Stats, Trace, read_catalog};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::context::{ContextOptions, LlamaContext, LlamaModel, Origin, Progress};
 use crate::host::device::{Handle, StreamOptions, Streamed};
+use crate::host::figures::{DecodeFigures, Figures};
 use crate::host::file::ModelFile;
 use crate::host::header::VirtualFile;
-use crate::host::kv_disk::{KvDisk, KvDiskFigures, KvDiskOptions};
+use crate::host::kv_disk::{KvDisk, KvDiskOptions};
 use crate::host::sample::{LogitsHash, Sampler};
 use crate::host::text::TextAssembler;
 use crate::host::{KvType, Token, log, process};
 use crate::io::ShardFile;
-use crate::io::mirror::CopyStats;
 use crate::io::profile::{self, Device, Found};
 use crate::mem::limits;
 use crate::model::{Format, gguf};
@@ -61,6 +61,8 @@ pub struct Session {
     loader_bytes: u64,
     profile: String,
     hash: LogitsHash,
+    /// Counters at the end of the last prompt.
+    after_prompt: Stats,
 }
 
 /// What happens while generating.
@@ -102,73 +104,6 @@ pub struct Generation {
     pub decode_seconds: f64,
     /// From exec to the first token.
     pub first_token_seconds: Option<f64>,
-}
-
-/// Everything `--json` says about memory and streaming. In a plain run counters are 0 and what a plan would say is absent.
-#[derive(Debug, Clone, Default)]
-pub struct Figures {
-    /// All tensors of the model.
-    pub model_bytes: u64,
-    /// What the process may hold.
-    pub total_bytes: Option<u64>,
-    /// What it holds besides the weight budget.
-    pub host_bytes: Option<u64>,
-    /// Resident, ring and straddling pages.
-    pub weight_budget_bytes: Option<u64>,
-    /// Resident pages.
-    pub resident_bytes: Option<u64>,
-    /// Read for each pass over the layers.
-    pub streamed_bytes_per_pass: Option<u64>,
-    /// Headers and host-kept tensors, read once while loading.
-    pub loader_bytes: u64,
-    /// What could not be had as wished.
-    pub fallbacks: Vec<&'static str>,
-    /// Read by flea's reader.
-    pub bytes_read: u64,
-    /// Time with at least one request in flight.
-    pub read_seconds: f64,
-    /// Time acquires waited.
-    pub stall_seconds: f64,
-    /// Leases given.
-    pub acquires: u64,
-    /// Transient runs read.
-    pub loads: u64,
-    /// Pieces of graphs computed before their layer was whole.
-    pub early_pieces: u64,
-    /// Slots for experts that are fetched one by one.
-    pub expert_cache_bytes: u64,
-    /// How often a graph was cut to see which experts a router had chosen.
-    pub expert_cuts: u64,
-    /// Experts' parts of tensors that were in memory when they were needed.
-    pub expert_hits: u64,
-    /// Those that had to be read.
-    pub expert_misses: u64,
-    /// Bytes read for them.
-    pub expert_bytes_read: u64,
-    /// Memory of reading rows of embeddings; 0 where the host keeps them.
-    pub rows_bytes: u64,
-    /// Rows of embeddings read or found in their cache.
-    pub rows: u64,
-    /// Reads for them.
-    pub row_reads: u64,
-    /// Bytes of those.
-    pub row_bytes_read: u64,
-    /// `io_uring`, `pread`, or `none` in a plain run.
-    pub reader: &'static str,
-    /// O_DIRECT on every shard.
-    pub direct_io: bool,
-    /// Page size of the plan.
-    pub page_bytes: u64,
-    /// Measured share of the pool on huge pages.
-    pub huge_page_share: f64,
-    /// Highest anonymous, shared and huge-page memory of this process.
-    pub peak_memory_bytes: u64,
-    /// What is known about the drive the model lies on.
-    pub profile: String,
-    /// What each copy of the model has served, the model itself first; empty without mirrors.
-    pub mirrors: Vec<CopyStats>,
-    /// Keys and values that were moved out of memory; `None` where all stayed.
-    pub kv_disk: Option<KvDiskFigures>,
 }
 
 /// Watches the first reads from another thread.
@@ -267,6 +202,7 @@ impl Session {
             loader_bytes,
             profile: profile.to_string(),
             hash: LogitsHash::default(),
+            after_prompt: Stats::default(),
         })
     }
 
@@ -347,6 +283,9 @@ impl Session {
         }
         generation.prompt_seconds = started.elapsed().as_secs_f64();
         generation.first_token_seconds = process::seconds_since_exec();
+        if let Some(streamed) = &self.streamed {
+            self.after_prompt = streamed.handle().model().counters();
+        }
         // The pool stands and every kind of compute has run once: the level that stays.
         limits::process_memory_bytes()?;
         if limit != Some(0) {
@@ -529,6 +468,8 @@ impl Session {
         };
         if let Some(streamed) = &self.streamed {
             streamed.handle().fill(&mut figures)?;
+            let now = streamed.handle().model().counters();
+            figures.decode = DecodeFigures::between(&self.after_prompt, &now);
             figures.kv_disk = streamed.kv_disk().map(KvDisk::figures);
         }
         Ok(figures)

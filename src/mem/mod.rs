@@ -17,6 +17,7 @@ pub mod words;
 
 mod behind;
 mod fill;
+mod fresh;
 mod host;
 mod private;
 mod report;

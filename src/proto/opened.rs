@@ -240,6 +240,17 @@ impl Opened {
         }
     }
 
+    /// See [`Model::hint_ranges`]. In the daemon experts come with their layer, and [`Opened::hint`] is for layers: nothing.
+    ///
+    /// # Errors
+    /// Those of [`Model::hint_ranges`].
+    pub fn hint_ranges(&self, ranges: &[(usize, usize)]) -> Result<()> {
+        match self {
+            Self::Local(model) => model.hint_ranges(ranges),
+            Self::Daemon(_) => Ok(()),
+        }
+    }
+
     /// Bytes of a row of the table at this place among the tensors; `None` where [`Opened::read_rows`] does not read it.
     #[must_use]
     pub fn row_bytes(&self, tensor_index: usize) -> Option<u64> {
@@ -289,6 +300,15 @@ impl Opened {
         match self {
             Self::Local(model) => model.hint(layers),
             Self::Daemon(model) => model.hint(layers),
+        }
+    }
+
+    /// Counters so far, without those of memory where they would have to be measured: see [`Model::counters`].
+    #[must_use]
+    pub fn counters(&self) -> Stats {
+        match self {
+            Self::Local(model) => model.counters(),
+            Self::Daemon(model) => model.stats(),
         }
     }
 

@@ -52,6 +52,13 @@ struct Answer<'a> {
     profile: String,
     mirrors: Vec<serde_json::Value>,
     kv_disk: Option<KvDiskAnswer>,
+    expert_reads_ahead: u64,
+    expert_bytes_read_ahead: u64,
+    expert_bytes_unused: u64,
+    decode_bytes_read: u64,
+    decode_expert_hits: u64,
+    decode_expert_misses: u64,
+    decode_expert_bytes_read: u64,
 }
 
 fn per_second(count: usize, seconds: f64) -> f64 {
@@ -124,6 +131,13 @@ pub fn print_answer(session: &Session, generation: &Generation, figures: &Figure
             .map(cli::bench::mirror_json)
             .collect(),
         kv_disk: figures.kv_disk.as_ref().map(KvDiskAnswer::from),
+        expert_reads_ahead: figures.expert_reads_ahead,
+        expert_bytes_read_ahead: figures.expert_bytes_read_ahead,
+        expert_bytes_unused: figures.expert_bytes_unused,
+        decode_bytes_read: figures.decode.bytes_read,
+        decode_expert_hits: figures.decode.expert_hits,
+        decode_expert_misses: figures.decode.expert_misses,
+        decode_expert_bytes_read: figures.decode.expert_bytes_read,
     })
 }
 
