@@ -3,6 +3,7 @@
 
 pub mod analyze;
 pub mod bench_stream;
+pub mod compress;
 pub mod doctor;
 pub mod gguf_write;
 pub mod kv_bench;
