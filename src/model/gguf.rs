@@ -165,6 +165,12 @@ fn parse(
 fn read_version(cursor: &mut Cursor<'_>) -> Result<u32> {
     let path = cursor.path;
     let magic: [u8; 4] = cursor.array(format_args!("the magic"))?;
+    if magic == *b"FLEA" {
+        return Err(bad_format(
+            path,
+            "a model that flea pack --compress made; flea pack --decompress gives the GGUF back",
+        ));
+    }
     if magic != MAGIC {
         return Err(bad_format(
             path,

@@ -7,11 +7,12 @@
 //!
 //! [`gguf`] and [`safetensors`] read one shard's header each; [`catalog`] joins the shards and tells layers, experts and
 //! row tables apart with the table in [`roles`]; [`dtype`] holds the geometry of every tensor type, [`arch`] that of a whole
-//! model, also of one whose weights are not there.
+//! model, also of one whose weights are not there. [`tiles`] and [`coded`] code 16-bit weights without loss.
 
 pub mod arch;
 mod build;
 pub mod catalog;
+pub mod coded;
 mod cursor;
 pub mod dtype;
 pub mod gguf;
@@ -19,6 +20,7 @@ mod head;
 pub mod records;
 pub mod roles;
 pub mod safetensors;
+pub mod tiles;
 mod value;
 
 pub use catalog::{Catalog, Experts, Format, Layer, LayerKind, LayerSpan, Tensor, Use};

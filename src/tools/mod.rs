@@ -5,6 +5,7 @@ pub mod analyze;
 #[cfg(feature = "cuda")]
 pub mod bench_gpu;
 pub mod bench_stream;
+pub mod compress;
 pub mod doctor;
 pub mod gguf_write;
 pub mod kv_bench;

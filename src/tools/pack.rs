@@ -135,7 +135,8 @@ pub fn pack(
     })
 }
 
-fn check_not_input(output: &Path, files: &[ShardFile]) -> Result<()> {
+/// Refuses an output that is one of the files it is made of.
+pub(super) fn check_not_input(output: &Path, files: &[ShardFile]) -> Result<()> {
     use std::os::unix::fs::MetadataExt;
     let Ok(there) = std::fs::metadata(output) else {
         return Ok(());
@@ -158,7 +159,7 @@ fn check_not_input(output: &Path, files: &[ShardFile]) -> Result<()> {
 }
 
 /// Indices into the catalog's tensors: what no layer uses first (the host keeps it), then layer by layer by first use.
-fn order_of_use(catalog: &Catalog) -> Vec<usize> {
+pub(super) fn order_of_use(catalog: &Catalog) -> Vec<usize> {
     let mut taken = vec![false; catalog.tensors.len()];
     let mut order = Vec::with_capacity(taken.len());
     for (index, tensor) in catalog.tensors.iter().enumerate() {
