@@ -54,6 +54,8 @@ print(json.dumps({"seconds": time.perf_counter() - t, "bytes": n}))
 
 /// What came of one loader.
 type Loaded = Result<BTreeMap<&'static str, f64>>;
+/// A loader: what to call it, and how to run it.
+type Variant<'a> = (String, &'a dyn Fn(&Lab<'_>) -> Loaded);
 
 impl Load {
     fn flea(&self, lab: &Lab<'_>, path: &Path) -> Result<BTreeMap<&'static str, f64>> {
@@ -178,7 +180,7 @@ impl Case for Load {
 
     fn round(&mut self, lab: &mut Lab<'_>) -> Result<Vec<Run>> {
         let tensors = file_name(&self.safetensors);
-        let variants: [(String, &dyn Fn(&Lab<'_>) -> Loaded); 6] = [
+        let variants: [Variant<'_>; 6] = [
             ("flea, GGUF".to_owned(), &|lab| self.flea(lab, &self.path)),
             ("llama.cpp direct I/O, GGUF".to_owned(), &|lab| {
                 self.llama_cpp(lab, "dio")
