@@ -21,6 +21,7 @@ struct Config {
     whole_layers: bool,
     model: *mut flea_model,
     kv: *const std::ffi::c_void,
+    guesses_experts: bool,
 }
 
 // ffi-examples/ggml-flea/ggml-flea.h
@@ -67,6 +68,7 @@ impl Streamed {
                 whole_layers: false,
                 model,
                 kv: std::ptr::null(),
+                guesses_experts: false,
             };
             assert_eq!(ggml_backend_flea_configure(&raw const config), 0);
             Self(model)

@@ -8,6 +8,7 @@
 //   flea-graph.cpp   graph_compute: cut where the layer changes, acquire, compute, release
 //   flea-arriving.cpp  the same for a layer that is still being read: compute with the part that is there
 //   flea-experts.cpp   experts that are fetched one by one: cut where a router has chosen
+//   flea-guess.cpp   which experts the next layer's router will choose
 //   flea-kv.cpp      keys and values that are moved out of memory
 //   flea-rows.cpp      embeddings that are read row by row: cut where tokens are looked up
 //   flea-stats.cpp   counters, FLEA_STATS
@@ -160,6 +161,7 @@ void model_buffer_freed(Model * model);
 int32_t configure(const ggml_flea_config * config);
 bool is_configured();  // a host that has the device compiled in gave the model
 bool loader_skips_streamed();
+bool guesses_experts();  // the program wants experts of a few tokens guessed
 bool waits_for_parts();  // compute starts with the part of a layer that is there
 flea_model * current_handle();
 // model_bytes and the smallest weight budget (an estimate) of the current model; false when none is known yet.
@@ -204,6 +206,11 @@ struct Stream {
     double chosen_share = 1.0;        // of a layer's experts, by the last batch that could have chosen all
     Model * hinted = nullptr;         // the model that was told what comes next
     std::vector<flea_range> ahead;
+    bool guesses_experts = false;     // of a few tokens
+    std::vector<int32_t> guess;       // of what follows guess_of, ascending
+    const ggml_tensor * guess_of = nullptr;
+    uint64_t guessed = 0;
+    uint64_t guessed_right = 0;
 
     Stream();
     ~Stream();
@@ -232,6 +239,7 @@ class Lease {
     // Without waiting. False: the layer is still being read.
     bool take_if_ready(Model * model, uint32_t layer);
     void release();
+    bool is_held() const { return model_ != nullptr; }
 
   private:
     void hold(Model * model, uint32_t layer);
@@ -297,6 +305,14 @@ ggml_status compute_routed(Stream & stream, ggml_cgraph * graph, const Step & st
 // Copies bytes [from, to) of a weight whose experts are fetched one by one.
 int32_t read_experts(const Weight * weight, uint64_t from, uint64_t to, char * data);
 
+// ---- flea-guess.cpp
+
+// Guesses, from what the router behind `ids` saw, what the one behind `next_ids` will choose: stream.guess. False where it
+// cannot or shall not.
+bool guess_choice(Stream & stream, const ggml_tensor * ids, const ggml_tensor * next_ids);
+// Compares the last guess with what was chosen, ascending.
+void judge_guess(Stream & stream, const ggml_tensor * ids, const std::vector<int32_t> & chosen);
+
 // ---- flea-rows.cpp
 
 // The table that a node looks rows up in, if flea reads them; else NULL.
@@ -324,6 +340,8 @@ struct Counters {
     std::atomic<uint64_t> early_pieces { 0 };  // computed before their layer was whole
     std::atomic<uint64_t> expert_cuts { 0 };   // graphs cut to see what a router chose
     std::atomic<uint64_t> expert_groups { 0 };  // parts of operations whose experts did not fit into the cache together
+    std::atomic<uint64_t> expert_guesses { 0 };  // experts guessed for the next layer
+    std::atomic<uint64_t> expert_guesses_right { 0 };
     std::atomic<uint64_t> row_cuts { 0 };  // graphs cut to see which rows are looked up
     std::atomic<uint64_t> peak_memory_bytes { 0 };
 };

@@ -275,6 +275,21 @@ void tell_next(Stream & stream, ggml_cgraph * graph, int from, const std::vector
     }
 }
 
+// The same with a guess at what a few tokens will choose.
+void tell_guess(Stream & stream, ggml_cgraph * graph, int from, const ggml_tensor * ids) {
+    const int count = ggml_graph_n_nodes(graph);
+    const int next = stream.guesses_experts ? next_routed(graph, from, count) : count;
+    if (next == count || !guess_choice(stream, ids, ggml_graph_node(graph, next)->src[2])) { return; }
+    stream.ahead.clear();
+    visit_routed(graph, next, count, [&](const ggml_tensor * other) {
+        for (const int32_t expert : stream.guess) { stream.ahead.push_back(range_of(other, expert)); }
+    });
+    stream.hinted = routed_weight(ggml_graph_node(graph, next))->model;
+    if (flea_hint_ranges(stream.hinted->handle, stream.ahead.data(), stream.ahead.size()) != FLEA_OK) {
+        log_line(LogLevel::debug, "hint: %s", flea_last_error());
+    }
+}
+
 // How many of its experts a long batch has chosen is the best guess for the next layer.
 void note_choice(Stream & stream, const ggml_tensor * node, size_t chosen_count) {
     if (even_share(node) < whole_layer_share) { return; }
@@ -311,11 +326,13 @@ ggml_status compute_routed(Stream & stream, ggml_cgraph * graph, const Step & st
         const int end = visit_routed(graph, routed, step.end, [&](const ggml_tensor * other) {
             for (const int32_t expert : experts) { lease.ranges.push_back(range_of(other, expert)); }
         });
+        judge_guess(stream, node->src[2], experts);
         note_choice(stream, node, experts.size());
         tell_next(stream, graph, end, lease.ranges);
         // The last layer of a batch of which nobody wants a result has no rows.
         *status = experts.empty() ? FLEA_OK : lease.take(stream);
         if (*status == FLEA_OK) {
+            tell_guess(stream, graph, end, node->src[2]);
             computed = compute_nodes(stream, graph, routed, end);
             at = end;
         } else if (*status == FLEA_E_REFUSED) {

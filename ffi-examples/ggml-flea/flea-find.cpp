@@ -42,6 +42,7 @@ Finder & finder() {
 // Asked for by ggml's scheduler at every turn, so they are kept outside the lock.
 std::atomic<bool> skips_streamed { false };
 std::atomic<bool> whole_layers { false };
+std::atomic<bool> guesses { false };
 std::atomic<bool> configured { false };
 
 // What the answer is for.
@@ -300,6 +301,7 @@ int32_t configure(const ggml_flea_config * config) {
     f.config = {};
     skips_streamed = config && config->loader_skips_streamed;
     whole_layers = config && config->whole_layers;
+    guesses = config && config->guesses_experts;
     configured = false;
     kv_configure(config ? config->kv : nullptr);
     if (!config) { return FLEA_OK; }
@@ -320,6 +322,8 @@ int32_t configure(const ggml_flea_config * config) {
 bool is_configured() { return configured.load(std::memory_order_relaxed); }
 
 bool loader_skips_streamed() { return skips_streamed.load(std::memory_order_relaxed); }
+
+bool guesses_experts() { return guesses.load(std::memory_order_relaxed); }
 
 bool waits_for_parts() { return !whole_layers.load(std::memory_order_relaxed); }
 

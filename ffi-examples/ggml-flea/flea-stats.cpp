@@ -145,6 +145,8 @@ std::string json(const Snapshot & s) {
     object.number("expert_reads_ahead", stats.expert_reads_ahead);
     object.number("expert_bytes_read_ahead", stats.expert_bytes_read_ahead);
     object.number("expert_bytes_unused", stats.expert_bytes_unused);
+    object.number("expert_guesses", counters.expert_guesses);
+    object.number("expert_guesses_right", counters.expert_guesses_right);
     const char * text = nullptr;
     const int32_t status = ggml_backend_flea_last_failure(&text);
     object.raw("error", status == FLEA_OK ? "null" : "{\"status\":" + quoted(flea_status_name(status)) + ",\"message\":" + quoted(text) + "}");
@@ -210,4 +212,8 @@ void stats_start() {
 uint64_t ggml_backend_flea_loader_bytes(void) { return ggml_flea::counters.loader_bytes; }
 
 uint64_t ggml_backend_flea_expert_cuts(void) { return ggml_flea::counters.expert_cuts; }
+uint64_t ggml_backend_flea_expert_guesses(uint64_t * right) {
+    if (right) { *right = ggml_flea::counters.expert_guesses_right; }
+    return ggml_flea::counters.expert_guesses;
+}
 uint64_t ggml_backend_flea_early_pieces(void) { return ggml_flea::counters.early_pieces; }

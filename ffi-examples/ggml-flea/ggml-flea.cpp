@@ -229,7 +229,8 @@ ggml_backend_dev_t cpu_device() {
     return dev;
 }
 
-Stream::Stream() : inner(cpu_device() ? ggml_backend_dev_init(cpu_device(), nullptr) : nullptr) {}
+Stream::Stream()
+    : inner(cpu_device() ? ggml_backend_dev_init(cpu_device(), nullptr) : nullptr), guesses_experts(ggml_flea::guesses_experts()) {}
 
 Stream::~Stream() {
     if (!inner) { return; }

@@ -61,6 +61,9 @@ typedef struct ggml_flea_config {
   flea_model *model;
   /* NULL: keys and values stay in memory. Copied. */
   const ggml_flea_kv *kv;
+  /* true: while a few tokens are computed, the experts that the next layer's router will probably choose are read ahead. Turns
+     itself off where more guesses are wrong than right. */
+  bool guesses_experts;
 } ggml_flea_config;
 
 /* The backend's registration; one static object, never freed. Any thread. */
@@ -89,6 +92,9 @@ GGML_FLEA_API uint64_t ggml_backend_flea_early_pieces(void);
 
 /* How often a graph was cut to see which experts a router had chosen. */
 GGML_FLEA_API uint64_t ggml_backend_flea_expert_cuts(void);
+
+/* Experts guessed for the next layer, and how many of them were right. */
+GGML_FLEA_API uint64_t ggml_backend_flea_expert_guesses(uint64_t *right);
 
 #ifdef __cplusplus
 }

@@ -188,6 +188,11 @@ struct StreamingArgs {
     #[arg(long)]
     whole_experts: bool,
 
+    /// While a token is computed, read the experts that the next layer's router will probably choose; turns itself off where
+    /// more guesses are wrong than right
+    #[arg(long, conflicts_with = "whole_experts")]
+    expert_prefetch: bool,
+
     /// Keep token and per-layer embeddings whole in memory instead of reading the rows that are needed
     #[arg(long)]
     host_rows: bool,
@@ -364,6 +369,7 @@ fn session_options(args: &Args) -> Result<SessionOptions> {
             depth: streaming.depth.unwrap_or(0),
             whole_layers: streaming.whole_layers,
             whole_experts: streaming.whole_experts,
+            expert_prefetch: streaming.expert_prefetch,
             host_rows: streaming.host_rows,
             mirrors: streaming.mirror.clone(),
         }),

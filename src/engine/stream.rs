@@ -150,8 +150,7 @@ struct Stream<'a> {
 impl Stream<'_> {
     fn work(&mut self) {
         while !self.core.stop.load(Ordering::Acquire) {
-            self.refill();
-            let submitted = self.submit();
+            let submitted = self.refill().and_then(|()| self.submit());
             if self.reader.free() == 0 && self.reader.in_flight() == 0 {
                 let context = "the drive has given back none of its reads within their deadlines; close the model";
                 self.give_up(Error::new(ErrorKind::Io, context));
@@ -169,15 +168,22 @@ impl Stream<'_> {
     }
 
     /// Starts fetches until the reader has enough to do, or nothing is left to start.
-    fn refill(&mut self) {
+    fn refill(&mut self) -> Result<()> {
         while self.queue.len() < self.reader.free() {
-            let Some(job) = self.next_job() else { return };
+            let Some(job) = self.next_job() else { break };
             if let Err(error) = self.begin(job) {
                 let mut state = self.core.state();
                 state.failed_to_start(job.fetch, &error);
                 self.notify(&state);
+                continue;
+            }
+            // Experts that somebody waits for come in handfuls: the drive has the first while the slots of the others move.
+            if job.urgent && self.layout.unit_of(job.fetch).is_some() {
+                self.submit()?;
+                self.reader.flush()?;
             }
         }
+        Ok(())
     }
 
     fn next_job(&self) -> Option<Job> {

@@ -25,6 +25,7 @@ struct Config {
     whole_layers: bool,
     model: *mut flea_model,
     kv: *const KvCalls,
+    guesses_experts: bool,
 }
 
 // ffi-examples/ggml-flea/ggml-flea.h
@@ -34,6 +35,7 @@ unsafe extern "C" {
     fn ggml_backend_flea_pending_bytes() -> *const u64;
     fn ggml_backend_flea_early_pieces() -> u64;
     fn ggml_backend_flea_expert_cuts() -> u64;
+    fn ggml_backend_flea_expert_guesses(right: *mut u64) -> u64;
     fn ggml_backend_flea_last_failure(text: *mut *const c_char) -> i32;
 }
 
@@ -60,6 +62,8 @@ pub struct StreamOptions {
     pub whole_layers: bool,
     /// Stream a layer with all its experts instead of fetching those that are chosen.
     pub whole_experts: bool,
+    /// Read ahead what the next layer's router will probably choose.
+    pub expert_prefetch: bool,
     /// The host keeps tables of embeddings whole instead of reading their rows.
     pub host_rows: bool,
     /// Directories with copies of the model.
@@ -197,6 +201,7 @@ impl Streamed {
             kv: kv_calls
                 .as_ref()
                 .map_or(std::ptr::null(), std::ptr::from_ref),
+            guesses_experts: options.expert_prefetch,
         };
         // SAFETY: both structs are copied; handle and `kv_disk` outlive the llama model (drop order in Session).
         let status = unsafe { ggml_backend_flea_configure(&raw const config) };
@@ -343,6 +348,9 @@ impl Handle {
         figures.early_pieces = unsafe { ggml_backend_flea_early_pieces() };
         // SAFETY: as above.
         figures.expert_cuts = unsafe { ggml_backend_flea_expert_cuts() };
+        // SAFETY: as above; the number is ours to be written.
+        figures.expert_guesses =
+            unsafe { ggml_backend_flea_expert_guesses(&raw mut figures.expert_guesses_right) };
         figures.expert_hits = stats.expert_hits;
         figures.expert_misses = stats.expert_misses;
         figures.expert_bytes_read = stats.expert_bytes_read;

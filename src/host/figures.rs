@@ -52,6 +52,10 @@ pub struct Figures {
     pub expert_bytes_read_ahead: u64,
     /// Of those bytes: evicted before they were used.
     pub expert_bytes_unused: u64,
+    /// Experts guessed for the next layer.
+    pub expert_guesses: u64,
+    /// Of those: chosen by its router.
+    pub expert_guesses_right: u64,
     /// What was read after the last prompt.
     pub decode: DecodeFigures,
     /// Memory of reading rows of embeddings; 0 where the host keeps them.

@@ -448,6 +448,14 @@ impl Mirrored {
         Ok(())
     }
 
+    /// See [`Reader::flush`].
+    ///
+    /// # Errors
+    /// Those of [`Reader::flush`].
+    pub fn flush(&mut self) -> Result<()> {
+        self.reader.flush()
+    }
+
     /// See [`Reader::wait`]. A read that failed is asked of another copy, and only when there is none it is a completion.
     ///
     /// # Errors

@@ -344,6 +344,17 @@ impl Reader {
         }
     }
 
+    /// Hands what was submitted to the kernel now, where it is not there yet.
+    ///
+    /// # Errors
+    /// As [`Reader::wait`].
+    pub fn flush(&mut self) -> Result<()> {
+        match self {
+            Self::Uring(reader, _) => reader.flush(),
+            Self::Pread(..) => Ok(()),
+        }
+    }
+
     /// Waits until something completed, the waker was used or `timeout` is over (`None` = for ever), and appends the
     /// completions to `out`.
     ///

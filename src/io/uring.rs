@@ -278,7 +278,8 @@ impl UringReader {
     }
 
     /// Hands queued reads to the kernel without waiting.
-    fn flush(&mut self) -> Result<()> {
+    pub(super) fn flush(&mut self) -> Result<()> {
+        self.enable()?;
         if self.ring.submission().is_empty() {
             return Ok(());
         }

@@ -59,6 +59,8 @@ struct Answer<'a> {
     decode_expert_hits: u64,
     decode_expert_misses: u64,
     decode_expert_bytes_read: u64,
+    expert_guesses: u64,
+    expert_guesses_right: u64,
 }
 
 fn per_second(count: usize, seconds: f64) -> f64 {
@@ -138,6 +140,8 @@ pub fn print_answer(session: &Session, generation: &Generation, figures: &Figure
         decode_expert_hits: figures.decode.expert_hits,
         decode_expert_misses: figures.decode.expert_misses,
         decode_expert_bytes_read: figures.decode.expert_bytes_read,
+        expert_guesses: figures.expert_guesses,
+        expert_guesses_right: figures.expert_guesses_right,
     })
 }
 

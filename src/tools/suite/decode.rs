@@ -45,7 +45,7 @@ fn tokens_at(budget: u32) -> usize {
     }
 }
 
-fn prompt(count: usize) -> String {
+pub(super) fn prompt(count: usize) -> String {
     let ids: Vec<String> = (0..count)
         .map(|index| (index * 7 % 900 + 300).to_string())
         .collect();
@@ -53,7 +53,7 @@ fn prompt(count: usize) -> String {
 }
 
 /// Reads the whole file once, so that the page cache holds it.
-fn make_warm(path: &Path) -> Result<()> {
+pub(super) fn make_warm(path: &Path) -> Result<()> {
     let failed =
         |error: std::io::Error| Error::from_io(&error, format_args!("read {}", path.display()));
     let mut file = std::fs::File::open(path).map_err(failed)?;

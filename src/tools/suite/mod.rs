@@ -9,6 +9,7 @@
 pub mod cgroup;
 pub mod child;
 pub mod decode;
+pub mod experts;
 pub mod fio;
 pub mod lab;
 pub mod lease;
@@ -48,6 +49,10 @@ pub enum Kind {
     PeersShort,
     /// Stock llama.cpp with a long read-ahead.
     PeersLong,
+    /// Models with experts beside stock llama.cpp, with Linux's default read-ahead.
+    ExpertsShort,
+    /// The same with a long read-ahead.
+    ExpertsLong,
     /// A whole model into memory.
     Load,
     /// Acquire and release.
@@ -56,13 +61,15 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::Raw,
         Self::Engine,
         Self::Decode,
         Self::Prefill,
         Self::PeersShort,
         Self::PeersLong,
+        Self::ExpertsShort,
+        Self::ExpertsLong,
         Self::Load,
         Self::Lease,
     ];
@@ -77,6 +84,8 @@ impl Kind {
             Self::Prefill => "prefill",
             Self::PeersShort => "peers-128k",
             Self::PeersLong => "peers-8m",
+            Self::ExpertsShort => "experts-128k",
+            Self::ExpertsLong => "experts-8m",
             Self::Load => "load",
             Self::Lease => "lease",
         }
@@ -87,6 +96,7 @@ const ENGINE_BUDGETS: [u32; 5] = [10, 25, 50, 75, 95];
 const DECODE_BUDGETS: [u32; 6] = [10, 25, 50, 75, 95, 110];
 const PREFILL_BUDGETS: [u32; 3] = [10, 50, 95];
 const PEER_LIMITS: [u32; 4] = [25, 50, 75, 95];
+const EXPERT_LIMITS: [u32; 2] = [25, 50];
 /// Enough layers to walk over, and quickly read.
 const LEASE_MODEL_BYTES: u64 = 448 * MIB;
 
@@ -173,6 +183,23 @@ fn cases(
             read_ahead_kib,
         })]
     };
+    let with_experts = |read_ahead_kib: u64| -> Result<Vec<Box<dyn Case>>> {
+        let mut cases: Vec<Box<dyn Case>> = Vec::new();
+        for model in models {
+            if experts::has_experts(&model.path)? {
+                cases.push(Box::new(experts::Experts {
+                    path: model.path.clone(),
+                    slug: model.slug.clone(),
+                    limits: EXPERT_LIMITS.to_vec(),
+                    read_ahead_kib,
+                }));
+            }
+        }
+        if cases.is_empty() {
+            (lab.say)("no model with experts: give one with --models (flea synth --arch qwen3moe)");
+        }
+        Ok(cases)
+    };
     Ok(match kind {
         Kind::Raw => vec![Box::new(reading::Raw {
             path,
@@ -198,6 +225,8 @@ fn cases(
         }),
         Kind::PeersShort => limited(128),
         Kind::PeersLong => limited(8192),
+        Kind::ExpertsShort => with_experts(128)?,
+        Kind::ExpertsLong => with_experts(8192)?,
         Kind::Load => {
             let bytes = file_bytes(&path)?;
             vec![Box::new(load::Load {

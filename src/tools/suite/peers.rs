@@ -23,7 +23,7 @@ use crate::io::cached;
 use crate::units::MIB;
 
 /// Page tables, sockets and the pages of its own program, which the cgroup charges and `--memory` does not count.
-const CHARGED_BESIDES_BYTES: u64 = 48 * MIB;
+pub(super) const CHARGED_BESIDES_BYTES: u64 = 48 * MIB;
 /// A peer that is slower than this for a handful of tokens is not waited for.
 pub(super) const PEER_LIMIT: Duration = Duration::from_secs(400);
 const PROMPT: &str = "The quick brown fox";
@@ -41,9 +41,12 @@ struct Mode {
     only_at: Option<u32>,
 }
 
+/// llama.cpp as it is when nothing is said about loading.
+pub(super) const MMAP: &str = "llama.cpp mmap";
+
 const MODES: [Mode; 4] = [
     Mode {
-        name: "llama.cpp mmap",
+        name: MMAP,
         arguments: &["--load-mode", "mmap", "--no-repack"],
         only_at: None,
     },
@@ -215,14 +218,7 @@ fn steady_rate(done: &Finished) -> Result<f64> {
 impl Case for Limited {
     fn report(&self) -> CaseReport {
         let kib = self.read_ahead_kib;
-        let name = format!(
-            "peers-{}",
-            if kib >= 1024 {
-                format!("{}m", kib / 1024)
-            } else {
-                format!("{kib}k")
-            }
-        );
+        let name = format!("peers-{}", read_ahead_name(kib));
         CaseReport {
             plot: Some("tokens/s".to_owned()),
             ..blank(
@@ -289,7 +285,7 @@ impl Case for Limited {
         }
         for &limit in &self.limits {
             let rate = |name: &str| find(runs, &label(name, limit)).and_then(|run| run.get("rate"));
-            let (Some(flea), Some(peer)) = (rate("flea"), rate(MODES[0].name)) else {
+            let (Some(flea), Some(peer)) = (rate("flea"), rate(MMAP)) else {
                 continue;
             };
             let times = Spec {
@@ -304,7 +300,16 @@ impl Case for Limited {
     }
 }
 
-fn label(name: &str, limit: u32) -> String {
+/// "8m", "128k": a part of a case's name.
+pub(super) fn read_ahead_name(kib: u64) -> String {
+    if kib >= 1024 {
+        format!("{}m", kib / 1024)
+    } else {
+        format!("{kib}k")
+    }
+}
+
+pub(super) fn label(name: &str, limit: u32) -> String {
     format!("{name}, {limit} %")
 }
 
