@@ -162,6 +162,8 @@ fn compressed_json(args: &Args, compressed: &Compressed) -> serde_json::Value {
         "threads": compressed.threads_count,
         "seconds": compressed.seconds,
         "gb_per_second": gb_per_second(compressed.input_bytes, compressed.seconds),
+        "coding_thread_seconds": compressed.coding_seconds,
+        "coding_gb_per_second_per_thread": gb_per_second(compressed.weights_bytes, compressed.coding_seconds),
     })
 }
 
@@ -191,9 +193,10 @@ fn compressed_table(args: &Args, compressed: &Compressed) -> String {
     table.field(
         "written",
         format!(
-            "{} of the original, {} threads",
+            "{} of the original; {} threads, {:.2} GB/s each",
             written(compressed.input_bytes, compressed.seconds),
-            compressed.threads_count
+            compressed.threads_count,
+            gb_per_second(compressed.weights_bytes, compressed.coding_seconds)
         ),
     );
     table.to_string()
@@ -208,6 +211,8 @@ fn restored_json(args: &Args, restored: &Restored) -> serde_json::Value {
         "parts_checked": restored.parts_count,
         "seconds": restored.seconds,
         "gb_per_second": gb_per_second(restored.bytes, restored.seconds),
+        "coding_thread_seconds": restored.coding_seconds,
+        "coding_gb_per_second_per_thread": gb_per_second(restored.weights_bytes, restored.coding_seconds),
     })
 }
 
@@ -227,6 +232,13 @@ fn restored_table(args: &Args, restored: &Restored) -> String {
         "checked",
         format!("CRC32C of {} parts, all as they were", restored.parts_count),
     );
-    table.field("written", written(restored.bytes, restored.seconds));
+    table.field(
+        "written",
+        format!(
+            "{}; decoded at {:.2} GB/s per thread",
+            written(restored.bytes, restored.seconds),
+            gb_per_second(restored.weights_bytes, restored.coding_seconds)
+        ),
+    );
     table.to_string()
 }

@@ -164,6 +164,7 @@ pub fn elements_of(tile_index: u64, elements: u64) -> usize {
 /// The coded form of weights that are all in memory; `None` for no weights, or more than can be coded.
 #[must_use]
 pub fn encode(weights: &[u8]) -> Option<Vec<u8>> {
+    let weights = &weights[..weights.len() & !1];
     let elements = weights.len() as u64 / 2;
     let mut counts = [0; 256];
     super::tiles::count(weights, &mut counts);
@@ -171,7 +172,7 @@ pub fn encode(weights: &[u8]) -> Option<Vec<u8>> {
     let mut encoder = Encoder::new(&frequencies);
     let mut coded = head(elements, &frequencies).to_vec();
     let mut places = Places::new();
-    for tile in weights[..2 * elements as usize].chunks(TILE_BYTES) {
+    for tile in weights.chunks(TILE_BYTES) {
         let begin = coded.len();
         encoder.encode(tile, &mut coded);
         places.push(coded.len() - begin);

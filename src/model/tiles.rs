@@ -189,7 +189,13 @@ impl Encoder {
         let starts = frequencies.starts();
         let likeliest = (0..=255_u8).max_by_key(|&s| frequencies.0[usize::from(s)]);
         Self {
-            symbols: std::array::from_fn(|s| (u32::from(frequencies.0[s]), u32::from(starts[s]))),
+            // A symbol that was not counted has neither: these only keep the arithmetic below defined.
+            symbols: std::array::from_fn(|s| {
+                (
+                    u32::from(frequencies.0[s].max(1)),
+                    u32::from(starts[s]).min(TABLE_LEN as u32 - 1),
+                )
+            }),
             likeliest: likeliest.unwrap_or(0),
             tile: Box::new([0; TILE_ELEMENTS]),
             words: Vec::with_capacity(TILE_ELEMENTS),
@@ -197,10 +203,7 @@ impl Encoder {
     }
 
     /// Appends the tile of these little-endian weights (1 to [`TILE_ELEMENTS`]) to `out`, padded with zeros to
-    /// [`ALIGN_BYTES`].
-    ///
-    /// # Panics
-    /// Never for weights whose symbols were counted for the table.
+    /// [`ALIGN_BYTES`]. Weights whose symbols were counted for the table come back from it; others need not.
     pub fn encode(&mut self, weights: &[u8], out: &mut Vec<u8>) {
         let weights = weights.as_chunks::<2>().0;
         let elements = weights.len();

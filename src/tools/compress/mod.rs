@@ -17,7 +17,8 @@ mod tests;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::sync::mpsc::sync_channel;
+use std::time::{Duration, Instant};
 
 pub use restore::{Restored, decompress};
 
@@ -36,6 +37,8 @@ use writer::Writer;
 
 /// Read at a time: 512 tiles, so that each thread has some.
 const STEP_BYTES: u64 = 8 * MIB;
+/// A tensor up to this length is read once and kept; a longer one is read for its table and again for its tiles.
+const HELD_BYTES_MAX: u64 = 256 * MIB;
 /// What must be gained, as a part of the whole: decoding costs time, and less than this is not worth it.
 const GAIN_PART: u64 = 32;
 
@@ -58,6 +61,8 @@ pub struct Compressed {
     pub threads_count: usize,
     /// How long it took.
     pub seconds: f64,
+    /// How long the threads were at it together: to code tiles, and to decode and compare them.
+    pub coding_seconds: f64,
 }
 
 /// A part of the original file: the header, a tensor, or what lies between.
@@ -68,6 +73,12 @@ struct Source {
     end_bytes: u64,
     /// Zeros that follow it.
     zeros_bytes: u64,
+}
+
+impl Source {
+    const fn len_bytes(&self) -> u64 {
+        self.end_bytes - self.begin_bytes
+    }
 }
 
 /// What all steps of one run need.
@@ -86,23 +97,36 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// The bytes of `begin..end` in steps of [`STEP_BYTES`].
+    /// The bytes of `begin..end` in steps of [`STEP_BYTES`], each read while the one before is worked on.
     fn read(
         &self,
         begin_bytes: u64,
         end_bytes: u64,
         mut each: impl FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
-        let mut step = vec![0; (end_bytes - begin_bytes).min(STEP_BYTES) as usize];
-        let mut at = begin_bytes;
-        while at < end_bytes {
+        let step_at = |at: u64| -> Result<Vec<u8>> {
             self.check_stop()?;
-            let len = (end_bytes - at).min(STEP_BYTES) as usize;
-            self.file.read_exact_at(at, &mut step[..len])?;
-            each(&step[..len])?;
-            at += len as u64;
+            let mut step = vec![0; (end_bytes - at).min(STEP_BYTES) as usize];
+            self.file.read_exact_at(at, &mut step)?;
+            Ok(step)
+        };
+        if end_bytes - begin_bytes <= STEP_BYTES {
+            return each(&step_at(begin_bytes)?);
         }
-        Ok(())
+        std::thread::scope(|scope| {
+            let (sender, steps) = sync_channel::<Result<Vec<u8>>>(1);
+            scope.spawn(move || {
+                for at in (begin_bytes..end_bytes).step_by(STEP_BYTES as usize) {
+                    let step = step_at(at);
+                    let is_last = step.is_err();
+                    // Nobody listens any more where the work has failed.
+                    if sender.send(step).is_err() || is_last {
+                        return;
+                    }
+                }
+            });
+            steps.into_iter().try_for_each(|step| each(&step?))
+        })
     }
 }
 
@@ -142,8 +166,9 @@ pub fn compress(
     let mut writer = Writer::new(output)?;
     let mut parts = Vec::with_capacity(sources.len());
     let mut done_bytes = 0;
+    let mut coding = Duration::ZERO;
     for source in in_order_of_use(&catalog, &sources) {
-        let part = write_part(&job, &mut writer, &catalog, &source)?;
+        let part = write_part(&job, &mut writer, &catalog, &source, &mut coding)?;
         done_bytes += part.len_bytes + part.zeros_bytes;
         tell(done_bytes, file.len_bytes());
         parts.push(part);
@@ -164,6 +189,7 @@ pub fn compress(
         coded_bytes: coded.iter().map(|part| part.coded_bytes).sum(),
         threads_count: team::threads(),
         seconds: 0.0,
+        coding_seconds: coding.as_secs_f64(),
     };
     file.check_unchanged()?;
     parts.sort_by_key(|part| part.offset_bytes);
@@ -278,33 +304,34 @@ fn write_part(
     writer: &mut Writer,
     catalog: &Catalog,
     source: &Source,
+    coding: &mut Duration,
 ) -> Result<Part> {
     let tensor = source.tensor_index.map(|index| &catalog.tensors[index]);
+    let mut bytes = Bytes {
+        job,
+        source,
+        held: None,
+    };
     let mut frequencies = None;
     if tensor.is_some_and(|tensor| is_16_bit(tensor.dtype)) {
-        frequencies = worthwhile(job, source)?;
+        frequencies = worthwhile(&mut bytes)?;
     }
     writer.start();
     let mut crc32c = 0;
-    let coding = match &frequencies {
-        None => {
-            job.read(source.begin_bytes, source.end_bytes, |bytes| {
-                crc32c = ::crc32c::crc32c_append(crc32c, bytes);
-                writer.put(bytes)
-            })?;
-            Coding::Stored
-        }
-        Some(frequencies) => {
-            write_tiles(job, writer, source, frequencies, &mut crc32c)?;
-            Coding::Tiles
-        }
-    };
+    if let Some(frequencies) = &frequencies {
+        *coding += write_tiles(&bytes, writer, frequencies, &mut crc32c)?;
+    } else {
+        bytes.each(|step| {
+            crc32c = ::crc32c::crc32c_append(crc32c, step);
+            writer.put(step)
+        })?;
+    }
     let stored = writer.end()?;
     Ok(Part {
         tensor: tensor.map(|tensor| tensor.name.clone()),
-        coding,
+        coding: frequencies.map_or(Coding::Stored, |_| Coding::Tiles),
         offset_bytes: source.begin_bytes,
-        len_bytes: source.end_bytes - source.begin_bytes,
+        len_bytes: source.len_bytes(),
         zeros_bytes: source.zeros_bytes,
         at_bytes: stored.at_bytes,
         coded_bytes: stored.coded_bytes,
@@ -313,18 +340,50 @@ fn write_part(
     })
 }
 
+/// The bytes of one source, kept from the first time they are read where they are not too many.
+struct Bytes<'a> {
+    job: &'a Job<'a>,
+    source: &'a Source,
+    held: Option<Vec<u8>>,
+}
+
+impl Bytes<'_> {
+    fn each(&self, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let source = self.source;
+        match &self.held {
+            Some(held) => held.chunks(STEP_BYTES as usize).try_for_each(|step| {
+                self.job.check_stop()?;
+                each(step)
+            }),
+            None => self.job.read(source.begin_bytes, source.end_bytes, each),
+        }
+    }
+
+    fn each_first(&mut self, mut each: impl FnMut(&[u8])) -> Result<()> {
+        let len_bytes = self.source.len_bytes();
+        let mut held =
+            (len_bytes <= HELD_BYTES_MAX).then(|| Vec::with_capacity(len_bytes as usize));
+        self.each(|step| {
+            if let Some(held) = &mut held {
+                held.extend_from_slice(step);
+            }
+            each(step);
+            Ok(())
+        })?;
+        self.held = held;
+        Ok(())
+    }
+}
+
 /// The table for a tensor that gets shorter by it.
-fn worthwhile(job: &Job<'_>, source: &Source) -> Result<Option<Frequencies>> {
-    let len_bytes = source.end_bytes - source.begin_bytes;
+fn worthwhile(bytes: &mut Bytes<'_>) -> Result<Option<Frequencies>> {
+    let len_bytes = bytes.source.len_bytes();
     let elements = len_bytes / 2;
     if elements > ELEMENTS_MAX || !len_bytes.is_multiple_of(2) {
         return Ok(None);
     }
     let mut counts = [0; 256];
-    job.read(source.begin_bytes, source.end_bytes, |bytes| {
-        tiles::count(bytes, &mut counts);
-        Ok(())
-    })?;
+    bytes.each_first(|step| tiles::count(step, &mut counts))?;
     let Some(frequencies) = Frequencies::new(&counts) else {
         return Ok(None);
     };
@@ -334,29 +393,35 @@ fn worthwhile(job: &Job<'_>, source: &Source) -> Result<Option<Frequencies>> {
     Ok((expected < len_bytes - len_bytes / GAIN_PART).then_some(frequencies))
 }
 
+/// Gives how long the threads coded, together.
 fn write_tiles(
-    job: &Job<'_>,
+    bytes: &Bytes<'_>,
     writer: &mut Writer,
-    source: &Source,
     frequencies: &Frequencies,
     crc32c: &mut u32,
-) -> Result<()> {
-    let elements = (source.end_bytes - source.begin_bytes) / 2;
-    writer.put(&coded::head(elements, frequencies))?;
+) -> Result<Duration> {
+    writer.put(&coded::head(bytes.source.len_bytes() / 2, frequencies))?;
     let mut team = Team::new(frequencies);
     let mut places = Places::new();
-    job.read(source.begin_bytes, source.end_bytes, |weights| {
+    bytes.each(|weights| {
         *crc32c = ::crc32c::crc32c_append(*crc32c, weights);
-        for (bytes, lens) in team.encode(weights).map_err(|error| {
-            let context = format!("{}: {error}", job.path.display());
-            Error::new(error.kind(), context)
-        })? {
-            writer.put(bytes)?;
+        let runs = match team.encode(weights) {
+            Ok(runs) => runs,
+            Err(error) => {
+                // Weights that are not those that were counted do not come back either.
+                bytes.job.file.check_unchanged()?;
+                let context = format!("{}: {error}", bytes.job.path.display());
+                return Err(Error::new(error.kind(), context));
+            }
+        };
+        for (tiles, lens) in runs {
+            writer.put(tiles)?;
             lens.iter().for_each(|&len| places.push(len));
         }
         Ok(())
     })?;
-    writer.put(&places.to_bytes())
+    writer.put(&places.to_bytes())?;
+    Ok(team.spent())
 }
 
 const _: () = assert!((STEP_BYTES as usize).is_multiple_of(TILE_BYTES));

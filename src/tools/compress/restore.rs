@@ -2,7 +2,7 @@
 
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::canceled;
 use super::container::{self, Coding, Part};
@@ -29,8 +29,12 @@ pub struct Restored {
     pub parts_count: usize,
     /// Name of the original file.
     pub original: String,
+    /// Bytes of the weights that were decoded.
+    pub weights_bytes: u64,
     /// How long it took.
     pub seconds: f64,
+    /// How long the threads decoded, together.
+    pub coding_seconds: f64,
 }
 
 /// Writes the GGUF that `options.model`, a compressed one, was made of; `tell` hears done and total bytes.
@@ -59,6 +63,8 @@ pub fn decompress(
         options,
         crc32c: 0,
         done_bytes: 0,
+        weights_bytes: 0,
+        coding: Duration::ZERO,
     };
     for part in &directory.parts {
         restore
@@ -67,6 +73,7 @@ pub fn decompress(
         tell(restore.done_bytes, directory.bytes);
     }
     file.check_unchanged()?;
+    let (weights_bytes, coding) = (restore.weights_bytes, restore.coding);
     let mut output = restore.output;
     output.sync()?;
     output.commit()?;
@@ -75,7 +82,9 @@ pub fn decompress(
         packed_bytes: file.len_bytes(),
         parts_count: directory.parts.len(),
         original: directory.file,
+        weights_bytes,
         seconds: began.elapsed().as_secs_f64(),
+        coding_seconds: coding.as_secs_f64(),
     })
 }
 
@@ -103,6 +112,8 @@ struct Restore<'a> {
     /// Of the part at hand.
     crc32c: u32,
     done_bytes: u64,
+    weights_bytes: u64,
+    coding: Duration,
 }
 
 impl Restore<'_> {
@@ -211,7 +222,8 @@ impl Restore<'_> {
                 bytes: &bytes,
                 at_bytes,
             };
-            team::decode(&decoder, batch, begin..next, &mut weights)?;
+            self.coding += team::decode(&decoder, batch, begin..next, &mut weights)?;
+            self.weights_bytes += weights.len() as u64;
             self.put(&weights)?;
             let done = places.tile(next - 1).end;
             bytes.drain(..(done - at_bytes) as usize);

@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::coded::Places;
@@ -27,7 +28,8 @@ struct Worker {
 
 impl Worker {
     /// Codes a run of tiles, and decodes each again: a defect here must not cost anybody a model.
-    fn encode(&mut self, decoder: &Decoder, weights: &[u8]) -> Result<()> {
+    fn encode(&mut self, decoder: &Decoder, weights: &[u8]) -> Result<Duration> {
+        let began = Instant::now();
         for tile in weights.chunks(TILE_BYTES) {
             let begin = self.tiles.len();
             self.encoder.encode(tile, &mut self.tiles);
@@ -40,7 +42,7 @@ impl Worker {
                 ));
             }
         }
-        Ok(())
+        Ok(began.elapsed())
     }
 }
 
@@ -49,6 +51,7 @@ impl Worker {
 pub struct Team {
     decoder: Decoder,
     workers: Vec<Worker>,
+    spent: Duration,
 }
 
 impl Team {
@@ -63,7 +66,13 @@ impl Team {
         Self {
             decoder: Decoder::new(frequencies),
             workers: (0..threads()).map(|_| worker()).collect(),
+            spent: Duration::ZERO,
         }
+    }
+
+    /// How long the threads coded, together.
+    pub const fn spent(&self) -> Duration {
+        self.spent
     }
 
     /// Codes weights; gives the tiles and their lengths, run by run.
@@ -76,7 +85,7 @@ impl Team {
             worker.lens.clear();
         }
         let runs = self.workers.iter_mut().zip(weights.chunks(run_bytes));
-        thread::scope(|scope| {
+        self.spent += thread::scope(|scope| {
             let threads: Vec<_> = runs
                 .map(|(worker, run)| scope.spawn(move || worker.encode(decoder, run)))
                 .collect();
@@ -98,13 +107,13 @@ pub struct Batch<'a> {
 }
 
 /// Decodes the tiles `range`, all in `batch`, into `out`, which has exactly the room for them. A damaged one is told with
-/// its offset in the coded tensor.
+/// its offset in the coded tensor. Gives how long the threads took, together.
 pub fn decode(
     decoder: &Decoder,
     batch: Batch<'_>,
     range: Range<u64>,
     out: &mut [u8],
-) -> Result<()> {
+) -> Result<Duration> {
     let run = (range.end - range.start).div_ceil(threads() as u64).max(1);
     let runs = out.chunks_mut(run as usize * TILE_BYTES);
     thread::scope(|scope| {
@@ -119,7 +128,8 @@ pub fn decode(
     })
 }
 
-fn decode_run(decoder: &Decoder, batch: Batch<'_>, first: u64, out: &mut [u8]) -> Result<()> {
+fn decode_run(decoder: &Decoder, batch: Batch<'_>, first: u64, out: &mut [u8]) -> Result<Duration> {
+    let began = Instant::now();
     for (tile_index, out) in (first..).zip(out.chunks_mut(TILE_BYTES)) {
         let place = batch.places.tile(tile_index);
         let begin = (place.start - batch.at_bytes) as usize;
@@ -136,17 +146,17 @@ fn decode_run(decoder: &Decoder, batch: Batch<'_>, first: u64, out: &mut [u8]) -
                 )
             })?;
     }
-    Ok(())
+    Ok(began.elapsed())
 }
 
-/// The first error in the order of the runs, so that the same damage gives the same message.
-fn join_all(threads: Vec<thread::ScopedJoinHandle<'_, Result<()>>>) -> Result<()> {
-    let mut result = Ok(());
+/// What they gave, added up; or the first error in the order of the runs, so that the same damage gives the same message.
+fn join_all(threads: Vec<thread::ScopedJoinHandle<'_, Result<Duration>>>) -> Result<Duration> {
+    let mut result = Ok(Duration::ZERO);
     for thread in threads {
         let ended = thread
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        result = result.and(ended);
+        result = result.and_then(|sum| Ok(sum + ended?));
     }
     result
 }
