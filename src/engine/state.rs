@@ -323,6 +323,14 @@ impl State {
         self.demand(layer, false);
     }
 
+    /// The failure of a read that a host asked for by trying. It is told once; the try after that asks anew.
+    pub fn answer_try(&mut self, layer: u32) -> Option<Error> {
+        self.layers[layer as usize].tried_at?;
+        let error = self.take_error(layer)?;
+        self.layers[layer as usize].tried_at = None;
+        Some(error)
+    }
+
     /// True while the host that tried to get `layer` may still come back for it.
     pub(super) fn is_expected(&self, layer: u32) -> bool {
         let passed = |at: u64| self.acquires - at;

@@ -1,6 +1,6 @@
 //! How a client takes a lease: a few atomics when the layer is there, a kick and a sleep when it is not.
 
-use super::attached::{Attached, SLICE, locked};
+use super::attached::{Attached, NO_WISH, SLICE, locked};
 use super::fetch::fetch_plan;
 use super::message::{Failure, Method, to_value};
 use super::plan::ClientPlan;
@@ -21,16 +21,34 @@ pub(super) enum Need {
 }
 
 impl Attached {
-    /// Says that the layer is wanted, without waiting: the wish stands until the layer is had.
-    pub(super) fn ask_for(&self, layer: u32) -> Error {
-        if !self.wished[layer as usize].swap(true, Ordering::AcqRel) {
-            self.page.add(place::want(layer), board::WANT);
+    /// Says that the layer is wanted, without waiting: the wish stands until the layer is had, or cannot be had. Then
+    /// the next try is told why, once, and the one after it asks anew.
+    pub(super) fn ask_for(&self, layer: u32) -> Result<Error> {
+        let state = self.area.load(place::state(layer));
+        let wish = &self.wished[layer as usize];
+        let asked = wish.load(Ordering::Acquire);
+        if asked == NO_WISH {
+            if wish.swap(state.into(), Ordering::AcqRel) == NO_WISH {
+                self.page.add(place::want(layer), board::WANT);
+            }
+        } else if state & board::FAILED != 0
+            && asked != u64::from(state)
+            && let Some(error) = self.failure(layer, true)?
+        {
+            self.take_wish_back(layer);
+            return Ok(error);
         }
         self.kick();
-        Error::new(
+        Ok(Error::new(
             ErrorKind::Again,
             format!("layer {layer} is not in memory yet"),
-        )
+        ))
+    }
+
+    fn take_wish_back(&self, layer: u32) {
+        if self.wished[layer as usize].swap(NO_WISH, Ordering::AcqRel) != NO_WISH {
+            self.page.sub(place::want(layer), 1);
+        }
     }
 
     /// Raises the hold and looks whether the layer is there; if so, it is leased and mapped.
@@ -80,9 +98,7 @@ impl Attached {
             self.map(layer, generation)?;
         }
         let new = leases.add(layer, thread)?;
-        if self.wished[layer as usize].swap(false, Ordering::AcqRel) {
-            self.page.sub(place::want(layer), 1);
-        }
+        self.take_wish_back(layer);
         // More of a layer that the thread holds already tells nothing about the order.
         if new {
             let head = self.page.load(place::RING_HEAD);
