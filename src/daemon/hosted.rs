@@ -89,11 +89,12 @@ pub struct Hosted {
     numa: bool,
     require_huge_pages: bool,
     member: Arc<Member>,
+    cancel: Arc<AtomicBool>,
     inner: Mutex<Inner>,
 }
 
 impl Hosted {
-    /// A model of which nothing is in memory yet.
+    /// A model of which nothing is in memory yet. `cancel` stops the filling of its pools.
     ///
     /// # Errors
     /// `Unsupported` for a model without layers; what the planner says about its files.
@@ -102,7 +103,7 @@ impl Hosted {
         path: PathBuf,
         (catalog, files): (Catalog, Vec<ShardFile>),
         settings: &Settings,
-        group: &Arc<Group>,
+        (group, cancel): (&Arc<Group>, &Arc<AtomicBool>),
         weight: u32,
     ) -> Result<Self> {
         let options = PlanOptions {
@@ -140,6 +141,7 @@ impl Hosted {
             numa: settings.numa,
             require_huge_pages: settings.require_huge_pages,
             member: group.join(weight),
+            cancel: Arc::clone(cancel),
             inner: Mutex::new(Inner {
                 model: None,
                 told: None,
@@ -337,6 +339,7 @@ impl Hosted {
             shared: Shared {
                 board: Some(Arc::clone(&self.board)),
                 share: Some(Arc::clone(&self.member)),
+                cancel: Some(Arc::clone(&self.cancel)),
             },
             ..OpenOptions::default()
         };

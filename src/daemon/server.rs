@@ -22,6 +22,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+mod life;
+
 /// How often the reactor looks after its clients, whatever happens.
 pub const TICK: Duration = Duration::from_millis(100);
 /// A connection that has not said hello by then is closed.
@@ -92,6 +94,8 @@ pub struct Server {
     listener: Listener,
     /// What each user's requests took in this tick.
     spent: HashMap<u32, Duration>,
+    /// SIGHUP came before clients were served.
+    reload_due: bool,
     /// The last accept failed: nobody is listened for until the next tick.
     deaf: bool,
     epoll: Epoll,
@@ -130,6 +134,7 @@ impl Server {
             kicks: Arc::new(kicks),
             listener,
             spent: HashMap::new(),
+            reload_due: false,
             deaf: false,
             epoll,
             signals,
@@ -182,11 +187,17 @@ impl Server {
         for path in self.settings.preload.clone() {
             let path = path.display().to_string();
             surroundings.starting(&format!("opening {path}"), self.budget().0);
-            self.shelf.load(&path, true, &|_| {})?;
+            if !self.preload(path)? {
+                self.end(surroundings);
+                return Ok(());
+            }
         }
         self.since = Instant::now();
         log::info!("listening at {}", self.settings.socket.display());
         surroundings.ready(self);
+        if self.reload_due {
+            self.reload(surroundings);
+        }
         self.pressure = surroundings.pressure();
         let mut events = [EpollEvent::empty(); 64];
         let mut ticked = Instant::now();
@@ -200,9 +211,7 @@ impl Server {
             };
             for event in &events[..count] {
                 if self.handle(event, surroundings) {
-                    log::info!("stopping");
-                    surroundings.stopping();
-                    self.stop();
+                    self.end(surroundings);
                     return Ok(());
                 }
             }
@@ -228,26 +237,6 @@ impl Server {
             }
         }
         false
-    }
-
-    fn signal(&mut self, surroundings: &mut dyn Surroundings) -> bool {
-        while let Ok(Some(info)) = self.signals.read_signal() {
-            if info.ssi_signo != Signal::SIGHUP as u32 {
-                return true;
-            }
-            if let Some(settings) = surroundings.reload(&self.settings) {
-                self.settings = settings.clone();
-                if let Err(error) = self.worker.give(None, Job::Settings(Box::new(settings))) {
-                    log::error!("{error}");
-                }
-            }
-        }
-        false
-    }
-
-    fn stop(&mut self) {
-        self.sessions.clear();
-        self.shelf.close();
     }
 
     // ---- connections ----------------------------------------------------------------------------------------

@@ -78,6 +78,8 @@ pub struct Shared {
     pub board: Option<Arc<Board>>,
     /// Its part of the drive.
     pub share: Option<Arc<Member>>,
+    /// Set when the daemon ends: a pool that is being filled is filled no further.
+    pub cancel: Option<Arc<AtomicBool>>,
 }
 
 /// Body of the thread. The reader is made here because its ring belongs to the thread that made it.
