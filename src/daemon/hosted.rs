@@ -221,9 +221,9 @@ impl Hosted {
         }
     }
 
-    /// Layers held for longer than `timeout` while others want their slots.
+    /// Clients that have held a layer for longer than `timeout` while others wanted its slot.
     #[must_use]
-    pub fn overdue(&self, timeout: Duration) -> Vec<u32> {
+    pub fn overdue(&self, timeout: Duration) -> Vec<u64> {
         self.model()
             .map_or_else(Vec::new, |model| model.overdue(timeout))
     }
@@ -425,6 +425,8 @@ impl Hosted {
             page_bytes: self.options.page_bytes,
             streamed_bytes_per_pass: figures.streamed_bytes_per_pass,
             acquires_total: self.board.acquires(),
+            put_off_total: self.board.put_off(),
+            away_loads_total: self.board.away(),
             ..out
         };
         before.tell(&mut out);

@@ -506,10 +506,8 @@ impl Server {
             log::error!("{error}");
         }
         for model in self.shelf.models() {
-            for layer in model.overdue(self.settings.lease_timeout) {
-                for id in model.board.holders(layer) {
-                    self.revoke(id, "it held a layer for too long while others waited");
-                }
+            for id in model.overdue(self.settings.lease_timeout) {
+                self.revoke(id, "it held a layer for too long while others waited");
             }
         }
         self.spent.clear();

@@ -198,7 +198,10 @@ impl Stream<'_> {
         let target = {
             let mut pool = self.core.pool();
             match job.slot {
-                Some(slot) => pool.aim(slot, &fetch.run)?,
+                Some(slot) if self.is_own_slot(fetch.transient_of, slot) => {
+                    pool.aim(slot, &fetch.run)?
+                }
+                Some(slot) => pool.aim_away(slot, &fetch.run)?,
                 None => {
                     pool.check_filled()?;
                     pool.resident_target(&fetch.run)
@@ -222,6 +225,12 @@ impl Stream<'_> {
             self.queue.extend(requests);
         }
         Ok(())
+    }
+
+    /// True for the slot that the plan gives a layer, and for every slot where it gives none.
+    fn is_own_slot(&self, layer: Option<u32>, slot: u32) -> bool {
+        let own = layer.and_then(|layer| self.layout.fixed_slot[layer as usize]);
+        own.is_none_or(|own| own == slot)
     }
 
     fn submit(&mut self) -> Result<()> {

@@ -27,7 +27,7 @@ use crate::model::Catalog;
 use serde_json::json;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -53,8 +53,8 @@ pub struct Attached {
     pub(super) page: SharedWords,
     pub(super) kick: OwnedFd,
     pub(super) plan: RwLock<Arc<ClientPlan>>,
-    /// Per layer: the generation whose pages its window shows; 0 = none.
-    pub(super) mapped: Vec<AtomicU32>,
+    /// Per layer: the generation whose pages its window shows (0 = none), and in the low half the slot.
+    pub(super) mapped: Vec<AtomicU64>,
     pub(super) mapping: Mutex<()>,
     /// Per layer: an acquire that did not wait has said that it is wanted, when the layer's state word was this; else
     /// [`NO_WISH`].
@@ -117,7 +117,7 @@ impl Attached {
             model: answer.model,
             windows: Arc::new(Windows::reserve(&lens)?),
             spans: Spans::new(&catalog),
-            mapped: catalog.layers.iter().map(|_| AtomicU32::new(0)).collect(),
+            mapped: catalog.layers.iter().map(|_| AtomicU64::new(0)).collect(),
             wished: catalog
                 .layers
                 .iter()

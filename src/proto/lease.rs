@@ -6,6 +6,7 @@ use super::message::{Failure, Method, to_value};
 use super::plan::ClientPlan;
 use crate::engine::board::{self, place};
 use crate::error::{Error, ErrorKind, Result};
+use crate::plan::PageRun;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -94,8 +95,10 @@ impl Attached {
         if !ready && !self.has_arrived(layer, need, state, arrived) {
             return Ok(false);
         }
-        if self.mapped[layer as usize].load(Ordering::Acquire) != generation {
-            self.map(layer, generation)?;
+        let slot = self.area.load(place::slot(layer, self.area_layers()));
+        let shown = u64::from(generation) << 32 | u64::from(slot);
+        if self.mapped[layer as usize].load(Ordering::Acquire) != shown {
+            self.map(layer, generation, slot)?;
         }
         let new = leases.add(layer, thread)?;
         self.take_wish_back(layer);
@@ -118,17 +121,29 @@ impl Attached {
         (!resident || state & board::RESIDENT != 0) && arrived >= pages
     }
 
-    /// Shows the layer's pages in its windows. The layer is held, so its plan stays in force. A page that it shares with
-    /// a layer that another thread reads is there in both plans, with the same bytes.
-    fn map(&self, layer: u32, generation: u32) -> Result<()> {
+    /// Shows the layer's pages in its windows. The layer is held, so its plan and its slot stay what they are. A page
+    /// that it shares with a layer that another thread reads is there in both plans, with the same bytes.
+    fn map(&self, layer: u32, generation: u32, slot: u32) -> Result<()> {
         let _one_at_a_time = locked(&self.mapping);
         let plan = self.plan();
         let page_bytes = plan.figures.page_bytes;
-        plan.pieces(&self.catalog, layer, |run, offset_bytes| {
+        let show = |run: &PageRun, offset_bytes: u64| {
             self.windows.show(&plan.pool, run, page_bytes, offset_bytes)
-        })?;
-        self.mapped[layer as usize].store(generation, Ordering::Release);
+        };
+        let mapped = &self.mapped[layer as usize];
+        if mapped.load(Ordering::Acquire) >> 32 != u64::from(generation) {
+            plan.resident_pieces(&self.catalog, layer, show)?;
+        }
+        if let Some((run, offset_bytes)) = plan.streamed(layer, slot)? {
+            show(&run, offset_bytes)?;
+        }
+        let shown = u64::from(generation) << 32 | u64::from(slot);
+        mapped.store(shown, Ordering::Release);
         Ok(())
+    }
+
+    fn area_layers(&self) -> u32 {
+        self.catalog.layers.len() as u32
     }
 
     pub(super) fn plan(&self) -> Arc<ClientPlan> {
