@@ -219,6 +219,11 @@ fn connections(page: &mut Page, snapshot: &Snapshot) {
             snapshot.clients.len() as u64,
         ),
         ("flea_leases", "Layers held by clients.", leases),
+        (
+            "flea_barred_processes",
+            "Processes that may not attach for now, because a lease of theirs had to be taken back.",
+            u64::from(snapshot.barred),
+        ),
     ] {
         page.single(name, Kind::Gauge, help, count as f64);
     }

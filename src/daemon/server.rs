@@ -4,6 +4,7 @@
 //! job. A client that does not read its answers, asks too often, or lies in its page costs itself its connection.
 
 use super::answer::{self, Answer};
+use super::bar::Bars;
 use super::listener::{Listener, admits};
 use super::session::Session;
 use super::settings::Settings;
@@ -85,6 +86,8 @@ pub struct Server {
     pub revoked_total: u64,
     /// Connections refused or closed for breaking a rule.
     pub refused_total: u64,
+    /// Processes that may not attach for now.
+    pub bars: Bars,
     /// Memory pressure at the last tick.
     pub pressure: Option<Pressure>,
     /// The settings in force.
@@ -129,6 +132,7 @@ impl Server {
             since: Instant::now(),
             revoked_total: 0,
             refused_total: 0,
+            bars: Bars::default(),
             pressure: None,
             settings,
             kicks: Arc::new(kicks),
@@ -489,6 +493,14 @@ impl Server {
         self.close(id);
     }
 
+    /// The process of client `id` may not attach for a while.
+    fn bar(&mut self, id: u64) {
+        if let Some(session) = self.sessions.get(&id) {
+            let timeout = self.settings.lease_timeout;
+            self.bars.add(session.peer.pid(), timeout, Instant::now());
+        }
+    }
+
     fn tick(&mut self, surroundings: &mut dyn Surroundings) {
         self.pressure = surroundings.pressure();
         if self.deaf {
@@ -507,6 +519,7 @@ impl Server {
         }
         for model in self.shelf.models() {
             for id in model.overdue(self.settings.lease_timeout) {
+                self.bar(id);
                 self.revoke(id, "it held a layer for too long while others waited");
             }
         }
@@ -535,7 +548,7 @@ impl Server {
         if let Some(attached) = &mut session.attached {
             attached.kicks = 0;
             kicks_woken = std::mem::take(&mut attached.paused);
-            attached.excess_ticks = match holds_too_much(id, attached, self.settings.leases_max) {
+            attached.excess_ticks = match attached.holds_too_much(id, self.settings.leases_max) {
                 true => attached.excess_ticks + 1,
                 false => 0,
             };
@@ -569,18 +582,4 @@ fn listen_to(epoll: &Epoll, fd: impl AsFd, token: u64, on: bool) {
     if let Err(errno) = epoll.modify(fd, &mut EpollEvent::new(flags, token)) {
         log::error!("epoll: {errno}");
     }
-}
-
-fn holds_too_much(id: u64, attached: &super::session::Attachment, leases_max: u32) -> bool {
-    let model = &attached.model;
-    let leases = model.board.leases(id);
-    if leases.len() > leases_max as usize {
-        return true;
-    }
-    let most = model.holds_max();
-    if leases.len() <= most as usize {
-        return false;
-    }
-    let streamed = leases.iter().filter(|(layer, _)| model.streams(*layer));
-    streamed.count() > most as usize
 }

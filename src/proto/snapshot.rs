@@ -30,6 +30,9 @@ pub struct Snapshot {
     pub revoked_total: u64,
     /// Connections refused or closed for breaking a limit.
     pub refused_total: u64,
+    /// Processes that may not attach for now, because a lease of theirs had to be taken back.
+    #[serde(default)]
+    pub barred: u32,
     /// Memory pressure, where it is watched.
     pub pressure: Option<Pressure>,
     /// The models, by number.
