@@ -1,4 +1,4 @@
-//! The daemon under load: `cargo bench --bench daemon -- [throughput] [pair] [hostile] [soak SECONDS]`.
+//! The daemon under load: `cargo bench --bench daemon -- [throughput] [pair] [hostile [KIND...]] [soak SECONDS]`.
 //!
 //! * throughput: GB/s through the daemon as a share of the same engine in this process, the two taking turns.
 //! * pair: what the drive delivers for two clients that start together, as a multiple of what it delivers for one.
@@ -65,7 +65,13 @@ fn main() {
         answer.insert("pair".into(), pair());
     }
     if wanted("hostile") {
-        answer.insert("hostile".into(), hostile());
+        let named = |kind: &&str| words.contains(kind);
+        let all = !HOSTILE.iter().any(|kind| named(kind));
+        let kinds: Vec<&str> = HOSTILE
+            .into_iter()
+            .filter(|kind| all || named(kind))
+            .collect();
+        answer.insert("hostile".into(), hostile(&kinds));
     }
     let seconds = words.iter().position(|word| *word == "soak");
     if let Some(place) = seconds {
@@ -380,7 +386,7 @@ fn end(mut child: Child) {
     child.wait().expect("wait");
 }
 
-fn hostile() -> Value {
+fn hostile(kinds: &[&str]) -> Value {
     let path = common::synth("bench-large", &LARGE);
     let mut daemon = Daemon::start(&[("FLEA_LIMITS_LEASE_TIMEOUT", "1s")]);
     daemon.budget(half(&path));
@@ -394,7 +400,7 @@ fn hostile() -> Value {
         (honest.dots.load(Ordering::Relaxed) - before) as f64 / began.elapsed().as_secs_f64()
     };
     let mut answer = serde_json::Map::new();
-    for kind in HOSTILE {
+    for kind in kinds {
         let mut ratios = Vec::new();
         let mut before = speed();
         for _ in 0..3 {
@@ -406,7 +412,7 @@ fn hostile() -> Value {
             before = after;
         }
         answer.insert(
-            kind.into(),
+            (*kind).into(),
             json!({ "median_ratio": median(ratios.clone()), "ratios": ratios }),
         );
     }

@@ -7,10 +7,11 @@ It uses nothing of libflea, only docs/protocol.md: that is what it is here to pr
 """
 import json, mmap, os, socket, struct, sys, time, zlib
 
-LAYOUT, READY, WANT, OPEN = 1, 1, 0x10001, 0
+LAYOUT, READY, WANT, OPEN = 2, 1, 0x10001, 0
 GENERATION, GATE, STARVING = 1, 2, 3  # words of the area
 REVOKED, HEAD, RING, RING_COUNT = 1, 2, 16, 256  # words of the page
 state = lambda layer: 16 + 2 * layer
+slot = lambda layer: state(attached["layers"]) + layer
 hold = lambda layer: RING + RING_COUNT + 2 * layer
 want = lambda layer: hold(layer) + 1
 
@@ -88,8 +89,11 @@ for _ in range(int(sys.argv[3]) if len(sys.argv) > 3 else 1):
             generation, size = plan["generation"], plan["page_bytes"]
             pool = memoryview(mmap.mmap(pool, 0, mmap.MAP_SHARED, mmap.PROT_READ))
             resident = {(r["shard"], r["page"] + i): r["offset"] + i * size for r in runs if "layer" not in r for i in range(r["pages"])}
-            transient = {r["layer"]: {(r["shard"], r["page"] + i): r["offset"] + i * size for i in range(r["pages"])} for r in runs if "layer" in r}
-        run_of, crc = {**resident, **transient.get(layer, {})}, 0
+            transient = {r["layer"]: r for r in runs if "layer" in r}
+        run_of, crc = dict(resident), 0
+        if run := transient.get(layer):  # it lies in a slot, mostly its own: the area tells
+            start = plan["ring_offset"] + area[slot(layer)] * plan["slot_bytes"]
+            run_of.update({(run["shard"], run["page"] + i): start + i * size for i in range(run["pages"])})
         for use in (row for row in uses if row["layer"] == layer):
             for part in read(run_of, size, use["shard"], use["offset"], use["bytes"]):
                 crc = zlib.crc32(part, crc)

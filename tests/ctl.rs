@@ -373,7 +373,11 @@ impl LoggingDaemon {
             directory,
             socket,
         };
-        if !arguments.contains(&"--metrics-listen") {
+        let waits = ["--metrics-listen", "preload"];
+        if !arguments
+            .iter()
+            .any(|given| waits.iter().any(|word| given.starts_with(word)))
+        {
             daemon.wait_for("listening at");
         }
         daemon
@@ -407,6 +411,29 @@ impl Drop for LoggingDaemon {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+#[test]
+fn what_is_preloaded_is_there_first_and_a_signal_ends_that_too() {
+    use nix::sys::signal::Signal;
+    let path = model("1");
+    let preload = format!("preload={}", text(&path));
+    let mut daemon = LoggingDaemon::start(&["--set", &preload]);
+    daemon.wait_for("for weights, before");
+    daemon.signal(Signal::SIGHUP);
+    daemon.wait_for("listening at");
+    daemon.wait_for("reload: ");
+    let models = stdout(&output(&mut daemon.ctl(&["models", "--json"])));
+    let pinned = models.replace(' ', "").contains("\"pinned\":true");
+    assert!(pinned, "{models}");
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.child.wait().expect("wait").code(), Some(0));
+    // In the middle of loading, or just behind it.
+    let mut daemon = LoggingDaemon::start(&["--set", &preload]);
+    daemon.wait_for("for weights, before");
+    daemon.signal(Signal::SIGTERM);
+    daemon.wait_for("stopping");
+    assert_eq!(daemon.child.wait().expect("wait").code(), Some(0));
 }
 
 #[test]

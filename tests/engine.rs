@@ -361,6 +361,34 @@ fn a_file_cut_while_streaming_is_an_error_with_its_name() {
 }
 
 #[test]
+fn who_only_tries_is_told_of_a_failure_too() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("cut.gguf");
+    std::fs::copy(small_model(), &path).expect("copy");
+    let model = Model::open(&path, options(smallest(&path, 4096))).expect("open");
+    walk(&model, &path, 1);
+    let file = std::fs::OpenOptions::new().write(true).open(&path);
+    file.expect("open").set_len(1 << 20).expect("truncate");
+    let last = model.catalog().layers.len() as u32 - 1;
+    // What is in memory stays good: first the ring has to go on to other layers.
+    let began = std::time::Instant::now();
+    let error = (0..=last).cycle().find_map(|layer| {
+        assert!(began.elapsed() < Duration::from_secs(30), "nothing is said");
+        let result = model.acquire(layer, None, Some(Duration::ZERO));
+        match result {
+            Ok(()) => model.release(layer).map(|()| None).expect("release"),
+            Err(error) if error.kind() == ErrorKind::Again => None,
+            Err(error) => Some(error),
+        }
+    });
+    let error = error.expect("an error");
+    assert!(
+        matches!(error.kind(), ErrorKind::Truncated | ErrorKind::Changed),
+        "{error:?}"
+    );
+}
+
+#[test]
 fn a_file_deleted_while_streaming_goes_on() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("gone.gguf");

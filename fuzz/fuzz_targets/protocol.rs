@@ -53,10 +53,14 @@ fn told(bytes: &[u8]) {
         return;
     };
     for (layer, entry) in (0u32..).zip(&catalog.layers) {
-        let _ = plan.pieces(&catalog, layer, |run, _| {
-            assert!(run.page_count > 0 || plan.streams(layer));
+        let _ = plan.resident_pieces(&catalog, layer, |run, _| {
+            assert!(run.page_count > 0);
             Ok(())
         });
+        for slot in [0, 1, u32::MAX] {
+            let streamed = plan.streamed(layer, slot);
+            assert!(plan.streams(layer) || matches!(streamed, Ok(None)));
+        }
         for used in &entry.uses {
             let extent = used.extent;
             let _ = plan.needs(

@@ -228,6 +228,10 @@ fn attach(server: &mut Server, id: u64, asked: &Attach) -> Result<Answer> {
             "a connection is attached to one model at a time; detach first, or connect again";
         return Err(Error::new(ErrorKind::Busy, context));
     }
+    let pid = server.sessions.get(&id).map(|session| session.peer.pid());
+    let barred = server.bars.check(pid.unwrap_or_default(), Instant::now());
+    server.refused_total += u64::from(barred.is_err());
+    barred?;
     if let Some(model) = server.shelf.loaded(&asked.path)?
         && model.budget_bytes() > 0
         && model.is_current()
@@ -352,6 +356,7 @@ pub fn snapshot(server: &Server) -> Snapshot {
         connections: u32::try_from(server.sessions.len()).unwrap_or(u32::MAX),
         revoked_total: server.revoked_total,
         refused_total: server.refused_total,
+        barred: server.bars.count(Instant::now()),
         pressure: server.pressure.clone(),
         models,
         // A packet has room for some; `leases` and `stats` page.

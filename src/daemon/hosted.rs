@@ -89,11 +89,12 @@ pub struct Hosted {
     numa: bool,
     require_huge_pages: bool,
     member: Arc<Member>,
+    cancel: Arc<AtomicBool>,
     inner: Mutex<Inner>,
 }
 
 impl Hosted {
-    /// A model of which nothing is in memory yet.
+    /// A model of which nothing is in memory yet. `cancel` stops the filling of its pools.
     ///
     /// # Errors
     /// `Unsupported` for a model without layers; what the planner says about its files.
@@ -102,7 +103,7 @@ impl Hosted {
         path: PathBuf,
         (catalog, files): (Catalog, Vec<ShardFile>),
         settings: &Settings,
-        group: &Arc<Group>,
+        (group, cancel): (&Arc<Group>, &Arc<AtomicBool>),
         weight: u32,
     ) -> Result<Self> {
         let options = PlanOptions {
@@ -140,6 +141,7 @@ impl Hosted {
             numa: settings.numa,
             require_huge_pages: settings.require_huge_pages,
             member: group.join(weight),
+            cancel: Arc::clone(cancel),
             inner: Mutex::new(Inner {
                 model: None,
                 told: None,
@@ -219,9 +221,9 @@ impl Hosted {
         }
     }
 
-    /// Layers held for longer than `timeout` while others want their slots.
+    /// Clients that have held a layer for longer than `timeout` while others wanted its slot.
     #[must_use]
-    pub fn overdue(&self, timeout: Duration) -> Vec<u32> {
+    pub fn overdue(&self, timeout: Duration) -> Vec<u64> {
         self.model()
             .map_or_else(Vec::new, |model| model.overdue(timeout))
     }
@@ -337,6 +339,7 @@ impl Hosted {
             shared: Shared {
                 board: Some(Arc::clone(&self.board)),
                 share: Some(Arc::clone(&self.member)),
+                cancel: Some(Arc::clone(&self.cancel)),
             },
             ..OpenOptions::default()
         };
@@ -422,6 +425,8 @@ impl Hosted {
             page_bytes: self.options.page_bytes,
             streamed_bytes_per_pass: figures.streamed_bytes_per_pass,
             acquires_total: self.board.acquires(),
+            put_off_total: self.board.put_off(),
+            away_loads_total: self.board.away(),
             ..out
         };
         before.tell(&mut out);

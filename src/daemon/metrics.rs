@@ -219,6 +219,11 @@ fn connections(page: &mut Page, snapshot: &Snapshot) {
             snapshot.clients.len() as u64,
         ),
         ("flea_leases", "Layers held by clients.", leases),
+        (
+            "flea_barred_processes",
+            "Processes that may not attach for now, because a lease of theirs had to be taken back.",
+            u64::from(snapshot.barred),
+        ),
     ] {
         page.single(name, Kind::Gauge, help, count as f64);
     }
@@ -287,7 +292,7 @@ const fn of_reader(
     }
 }
 
-const MODEL_METRICS: [ModelMetric; 16] = [
+const MODEL_METRICS: [ModelMetric; 18] = [
     gauge("flea_model_bytes", "All tensors of the model.", |model| {
         model.model_bytes as f64
     }),
@@ -355,6 +360,16 @@ const MODEL_METRICS: [ModelMetric; 16] = [
         "flea_mispredicts_total",
         "Acquires that the learned order had not foreseen.",
         |model| model.mispredicts_total as f64,
+    ),
+    counter(
+        "flea_put_off_total",
+        "Waits for layers that their client had less than a pass ago, put off while others got on.",
+        |model| model.put_off_total as f64,
+    ),
+    counter(
+        "flea_away_loads_total",
+        "Loads into another slot than the plan's, because that one was held.",
+        |model| model.away_loads_total as f64,
     ),
 ];
 

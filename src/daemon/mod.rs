@@ -5,6 +5,7 @@
 //! the lease, for hosts in other processes.
 
 mod answer;
+mod bar;
 pub mod config;
 mod divide;
 mod hosted;

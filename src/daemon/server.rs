@@ -4,6 +4,7 @@
 //! job. A client that does not read its answers, asks too often, or lies in its page costs itself its connection.
 
 use super::answer::{self, Answer};
+use super::bar::Bars;
 use super::listener::{Listener, admits};
 use super::session::Session;
 use super::settings::Settings;
@@ -21,6 +22,8 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+mod life;
 
 /// How often the reactor looks after its clients, whatever happens.
 pub const TICK: Duration = Duration::from_millis(100);
@@ -83,6 +86,8 @@ pub struct Server {
     pub revoked_total: u64,
     /// Connections refused or closed for breaking a rule.
     pub refused_total: u64,
+    /// Processes that may not attach for now.
+    pub bars: Bars,
     /// Memory pressure at the last tick.
     pub pressure: Option<Pressure>,
     /// The settings in force.
@@ -92,6 +97,8 @@ pub struct Server {
     listener: Listener,
     /// What each user's requests took in this tick.
     spent: HashMap<u32, Duration>,
+    /// SIGHUP came before clients were served.
+    reload_due: bool,
     /// The last accept failed: nobody is listened for until the next tick.
     deaf: bool,
     epoll: Epoll,
@@ -125,11 +132,13 @@ impl Server {
             since: Instant::now(),
             revoked_total: 0,
             refused_total: 0,
+            bars: Bars::default(),
             pressure: None,
             settings,
             kicks: Arc::new(kicks),
             listener,
             spent: HashMap::new(),
+            reload_due: false,
             deaf: false,
             epoll,
             signals,
@@ -182,11 +191,17 @@ impl Server {
         for path in self.settings.preload.clone() {
             let path = path.display().to_string();
             surroundings.starting(&format!("opening {path}"), self.budget().0);
-            self.shelf.load(&path, true, &|_| {})?;
+            if !self.preload(path)? {
+                self.end(surroundings);
+                return Ok(());
+            }
         }
         self.since = Instant::now();
         log::info!("listening at {}", self.settings.socket.display());
         surroundings.ready(self);
+        if self.reload_due {
+            self.reload(surroundings);
+        }
         self.pressure = surroundings.pressure();
         let mut events = [EpollEvent::empty(); 64];
         let mut ticked = Instant::now();
@@ -200,9 +215,7 @@ impl Server {
             };
             for event in &events[..count] {
                 if self.handle(event, surroundings) {
-                    log::info!("stopping");
-                    surroundings.stopping();
-                    self.stop();
+                    self.end(surroundings);
                     return Ok(());
                 }
             }
@@ -228,26 +241,6 @@ impl Server {
             }
         }
         false
-    }
-
-    fn signal(&mut self, surroundings: &mut dyn Surroundings) -> bool {
-        while let Ok(Some(info)) = self.signals.read_signal() {
-            if info.ssi_signo != Signal::SIGHUP as u32 {
-                return true;
-            }
-            if let Some(settings) = surroundings.reload(&self.settings) {
-                self.settings = settings.clone();
-                if let Err(error) = self.worker.give(None, Job::Settings(Box::new(settings))) {
-                    log::error!("{error}");
-                }
-            }
-        }
-        false
-    }
-
-    fn stop(&mut self) {
-        self.sessions.clear();
-        self.shelf.close();
     }
 
     // ---- connections ----------------------------------------------------------------------------------------
@@ -500,6 +493,14 @@ impl Server {
         self.close(id);
     }
 
+    /// The process of client `id` may not attach for a while.
+    fn bar(&mut self, id: u64) {
+        if let Some(session) = self.sessions.get(&id) {
+            let timeout = self.settings.lease_timeout;
+            self.bars.add(session.peer.pid(), timeout, Instant::now());
+        }
+    }
+
     fn tick(&mut self, surroundings: &mut dyn Surroundings) {
         self.pressure = surroundings.pressure();
         if self.deaf {
@@ -517,10 +518,9 @@ impl Server {
             log::error!("{error}");
         }
         for model in self.shelf.models() {
-            for layer in model.overdue(self.settings.lease_timeout) {
-                for id in model.board.holders(layer) {
-                    self.revoke(id, "it held a layer for too long while others waited");
-                }
+            for id in model.overdue(self.settings.lease_timeout) {
+                self.bar(id);
+                self.revoke(id, "it held a layer for too long while others waited");
             }
         }
         self.spent.clear();
@@ -548,7 +548,7 @@ impl Server {
         if let Some(attached) = &mut session.attached {
             attached.kicks = 0;
             kicks_woken = std::mem::take(&mut attached.paused);
-            attached.excess_ticks = match holds_too_much(id, attached, self.settings.leases_max) {
+            attached.excess_ticks = match attached.holds_too_much(id, self.settings.leases_max) {
                 true => attached.excess_ticks + 1,
                 false => 0,
             };
@@ -582,18 +582,4 @@ fn listen_to(epoll: &Epoll, fd: impl AsFd, token: u64, on: bool) {
     if let Err(errno) = epoll.modify(fd, &mut EpollEvent::new(flags, token)) {
         log::error!("epoll: {errno}");
     }
-}
-
-fn holds_too_much(id: u64, attached: &super::session::Attachment, leases_max: u32) -> bool {
-    let model = &attached.model;
-    let leases = model.board.leases(id);
-    if leases.len() > leases_max as usize {
-        return true;
-    }
-    let most = model.holds_max();
-    if leases.len() <= most as usize {
-        return false;
-    }
-    let streamed = leases.iter().filter(|(layer, _)| model.streams(*layer));
-    streamed.count() > most as usize
 }

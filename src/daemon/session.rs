@@ -42,6 +42,24 @@ pub struct Attachment {
     pub paused: bool,
 }
 
+impl Attachment {
+    /// True when client `id` says that it holds more than a client may.
+    #[must_use]
+    pub fn holds_too_much(&self, id: u64, leases_max: u32) -> bool {
+        let model = &self.model;
+        let leases = model.board.leases(id);
+        if leases.len() > leases_max as usize {
+            return true;
+        }
+        let most = model.holds_max();
+        if leases.len() <= most as usize {
+            return false;
+        }
+        let streamed = leases.iter().filter(|(layer, _)| model.streams(*layer));
+        streamed.count() > most as usize
+    }
+}
+
 /// A connection.
 #[derive(Debug)]
 pub struct Session {

@@ -15,7 +15,7 @@ use crate::units::{HumanBytes, MemorySpec, PAGE_2M};
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A plan is not changed for less than this share of it, as a divisor.
@@ -29,6 +29,8 @@ pub struct Shelf {
     /// Models on one drive share it: by device number.
     drives: Mutex<HashMap<u64, Arc<Group>>>,
     next_id: AtomicU32,
+    /// The daemon ends: pools that are being filled are filled no further.
+    cancel: Arc<AtomicBool>,
     /// What is configured, and what holds now.
     configured_bytes: AtomicU64,
     budget_bytes: AtomicU64,
@@ -46,6 +48,7 @@ impl Shelf {
             settings: Mutex::new(settings),
             drives: Mutex::default(),
             next_id: AtomicU32::new(1),
+            cancel: Arc::default(),
             configured_bytes: AtomicU64::new(bytes),
             budget_bytes: AtomicU64::new(bytes),
         })
@@ -224,7 +227,7 @@ impl Shelf {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let weight = weight_of(&path, &settings);
         let group = self.drive_of(&path)?;
-        let model = Hosted::new(id, path, parts, &settings, &group, weight)?;
+        let model = Hosted::new(id, path, parts, &settings, (&group, &self.cancel), weight)?;
         self.make_room(model.smallest_bytes)?;
         let model = Arc::new(model);
         self.list().push(Arc::clone(&model));
@@ -379,6 +382,11 @@ impl Shelf {
             result = result.and(changed);
         }
         result
+    }
+
+    /// Ends what the worker is at, as far as that can be; before [`Shelf::close`].
+    pub fn cancel(&self) {
+        self.cancel.store(true, Ordering::Relaxed);
     }
 
     /// Ends everything.

@@ -8,13 +8,15 @@
 //! gets wrong bytes itself and is revoked; it cannot make the daemon touch memory that is not there.
 //! Place in `file -> catalog -> plan -> reader -> pool -> lease -> host`: the lease, between processes.
 
-use super::order::Order;
+use super::client::Loads;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mem::SharedWords;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
+
+pub use super::client::Client;
 
 /// Where things lie, in words. Part of the protocol.
 pub mod place {
@@ -47,6 +49,11 @@ pub mod place {
     pub const fn arrived(layer: u32) -> usize {
         state(layer) + 1
     }
+    /// Area, behind the states of all `layers`: the slot that a layer's transient run lies in, or lay in last.
+    #[must_use]
+    pub const fn slot(layer: u32, layers: u32) -> usize {
+        state(layers) + layer as usize
+    }
     /// Page: how often the client holds a layer.
     #[must_use]
     pub const fn hold(layer: u32) -> usize {
@@ -60,7 +67,7 @@ pub mod place {
     /// Words of an area.
     #[must_use]
     pub const fn area_count(layers: u32) -> usize {
-        state(layers)
+        slot(layers, layers)
     }
     /// Words of a page.
     #[must_use]
@@ -70,7 +77,7 @@ pub mod place {
 }
 
 /// Version of the layout.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 /// State: all of the layer is there.
 pub const READY: u32 = 1;
 /// State: its resident pages are there.
@@ -90,79 +97,17 @@ pub const WANT: u32 = 0x1_0001;
 /// The waiters of a want word.
 pub const WANT_COUNT: u32 = 0xffff;
 
-/// A client that does nothing for this long is not waited for, or four times its usual pace if that is longer.
-const IDLE_LEAST: Duration = Duration::from_millis(50);
-/// And it is never waited for longer than this.
-const IDLE_MOST: Duration = Duration::from_millis(500);
+/// What reading a layer again for a client that is not due it costs the others, as a divisor of their time: it takes a
+/// read, and what had to go for it is read once more.
+const AGAIN_SHARE: u32 = 20;
+const AGAIN_COST: u32 = 2;
 
-/// What the stream knows of one client.
+/// The one layer that is being read again for somebody who is not due it, and when the next one may be.
 #[derive(Debug)]
-pub struct Client {
-    /// Its number.
-    pub id: u64,
-    /// Its page.
-    pub page: Arc<SharedWords>,
-    /// The order in which it walks.
-    pub order: Order,
-    /// Acquires seen in its ring.
-    pub acquires: u64,
-    /// The layer it acquired last.
-    pub layer: Option<u32>,
-    attached: Instant,
-    ring_seen: u32,
-    last_active: Instant,
-    pace: Duration,
-    waiting: bool,
-    /// Per layer: the number of the wait that a failure answered.
-    answered: Vec<u32>,
-}
-
-impl Client {
-    /// Reads what is new in its ring, at most one ring full.
-    fn listen(&mut self, layer_count: u32, now: Instant) {
-        let head = self.page.load(place::RING_HEAD);
-        let new = head.wrapping_sub(self.ring_seen);
-        if new == 0 {
-            return;
-        }
-        self.acquires += u64::from(new.min(1 << 16));
-        let readable = new.min(place::RING_COUNT as u32);
-        for back in (1..=readable).rev() {
-            let at = head.wrapping_sub(back) as usize % place::RING_COUNT;
-            let layer = self.page.load(place::RING + at);
-            if layer < layer_count {
-                self.order.note(layer);
-                self.layer = Some(layer);
-            }
-        }
-        self.ring_seen = head;
-        let gap = now.duration_since(self.last_active) / new.max(1);
-        self.pace = (self.pace * 3 + gap.min(IDLE_MOST)) / 4;
-        self.last_active = now;
-    }
-
-    fn holds(&self, layer: u32) -> bool {
-        self.page.load(place::hold(layer)) != 0
-    }
-
-    /// The wait for `layer` that no failure has answered yet.
-    fn wants(&self, layer: u32, failed: bool) -> bool {
-        let want = self.page.load(place::want(layer));
-        want & WANT_COUNT != 0 && (!failed || want >> 16 != self.answered[layer as usize])
-    }
-
-    /// True when it is worth keeping bytes for: it waits, or it did something within its usual pace.
-    #[must_use]
-    pub fn active(&self, now: Instant) -> bool {
-        let patience = (self.pace * 4).clamp(IDLE_LEAST, IDLE_MOST);
-        self.waiting || now.duration_since(self.last_active) < patience
-    }
-
-    /// True when it waits for the stream.
-    #[must_use]
-    pub fn waits(&self) -> bool {
-        self.waiting
-    }
+struct Again {
+    layer: Option<u32>,
+    since: Instant,
+    not_before: Instant,
 }
 
 /// The daemon's side of the words of one model.
@@ -174,6 +119,10 @@ pub struct Board {
     demands_max: usize,
     clients: Mutex<Vec<Client>>,
     past_acquires: AtomicU64,
+    loads: Loads,
+    again: Mutex<Again>,
+    put_off: AtomicU64,
+    away: AtomicU64,
 }
 
 impl Board {
@@ -189,12 +138,21 @@ impl Board {
         let area = SharedWords::create(place::area_count(layer_count))?;
         area.store(place::LAYOUT, LAYOUT);
         area.store(place::GATE, GATE_DRAINING);
+        let now = Instant::now();
         Ok(Self {
             area,
             layer_count,
             demands_max: demands_max.max(1),
             clients: Mutex::default(),
             past_acquires: AtomicU64::new(0),
+            loads: Loads::new(layer_count),
+            again: Mutex::new(Again {
+                layer: None,
+                since: now,
+                not_before: now,
+            }),
+            put_off: AtomicU64::new(0),
+            away: AtomicU64::new(0),
         })
     }
 
@@ -222,19 +180,10 @@ impl Board {
     pub fn attach(&self, id: u64) -> Result<Arc<SharedWords>> {
         let page = Arc::new(SharedWords::create(place::page_count(self.layer_count))?);
         page.store(place::LAYOUT, LAYOUT);
-        self.clients().push(Client {
-            id,
-            page: Arc::clone(&page),
-            order: Order::new(self.layer_count as usize),
-            acquires: 0,
-            layer: None,
-            attached: Instant::now(),
-            ring_seen: 0,
-            last_active: Instant::now(),
-            pace: Duration::ZERO,
-            waiting: false,
-            answered: vec![u32::MAX; self.layer_count as usize],
-        });
+        let ahead = self.demands_max as u32 + 1;
+        let shape = (self.layer_count, ahead);
+        let client = Client::new(id, Arc::clone(&page), shape, Instant::now());
+        self.clients().push(client);
         Ok(page)
     }
 
@@ -279,6 +228,56 @@ impl Board {
         for layer in 0..self.layer_count {
             self.show(layer, 0, 0);
         }
+        self.clients().iter_mut().for_each(Client::forget);
+    }
+
+    /// A load of a layer's transient run begins, into `slot`; `away`: not the one of the plan. Nobody holds the layer's run.
+    pub(super) fn begin_load(&self, layer: u32, slot: u32, away: bool) {
+        self.area.store(place::slot(layer, self.layer_count), slot);
+        self.loads.begin(layer);
+        self.away.fetch_add(u64::from(away), Relaxed);
+        let mut again = self.again();
+        if again.layer == Some(layer) {
+            again.since = Instant::now();
+        }
+    }
+
+    /// A layer is there, for whoever waits for it.
+    pub(super) fn give(&self, layer: u32) {
+        for client in self.clients().iter_mut() {
+            client.give(layer, &self.loads);
+        }
+        let mut again = self.again();
+        if again.layer == Some(layer) {
+            again.layer = None;
+            again.not_before = Instant::now() + again.since.elapsed() * AGAIN_COST * AGAIN_SHARE;
+        }
+    }
+
+    fn again(&self) -> MutexGuard<'_, Again> {
+        self.again.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many loads later a client is due the same layer again.
+    pub(super) fn set_pass(&self, loads: u64) {
+        self.loads.set_pass(loads);
+    }
+
+    /// The clock of loads.
+    pub(super) fn loads(&self) -> &Loads {
+        &self.loads
+    }
+
+    /// Waits that were put off, because they were for layers that their client had less than a pass ago.
+    #[must_use]
+    pub fn put_off(&self) -> u64 {
+        self.put_off.load(Relaxed)
+    }
+
+    /// Loads into another slot than that of the plan, because that one was held.
+    #[must_use]
+    pub fn away(&self) -> u64 {
+        self.away.load(Relaxed)
     }
 
     /// Says whether the stream wants to be told of releases.
@@ -318,6 +317,33 @@ impl Board {
     #[must_use]
     pub fn held(&self, layer: u32) -> bool {
         self.clients().iter().any(|client| client.holds(layer))
+    }
+
+    /// True when some client gets on and does not say that it holds the layer.
+    #[must_use]
+    pub fn others_get_on(&self, layer: u32, now: Instant) -> bool {
+        let clients = self.clients();
+        let mut others = clients.iter().filter(|client| !client.holds(layer));
+        others.any(|client| client.active(now))
+    }
+
+    /// True when others get on, and none of those who say that they hold the layer does.
+    #[must_use]
+    pub fn only_idlers_hold(&self, layer: u32, now: Instant) -> bool {
+        let clients = self.clients();
+        let mut active = clients
+            .iter()
+            .filter(|client| client.active(now))
+            .peekable();
+        active.peek().is_some() && active.all(|client| !client.holds(layer))
+    }
+
+    /// True when this client says that it holds the layer.
+    #[must_use]
+    pub fn is_holder(&self, id: u64, layer: u32) -> bool {
+        let clients = self.clients();
+        let client = clients.iter().find(|client| client.id == id);
+        client.is_some_and(|client| client.holds(layer))
     }
 
     /// True when some client waits for the layer.
@@ -379,126 +405,68 @@ impl Board {
     }
 
     /// The layers that clients wait for, each client's own limit kept; `failed` tells whose last read failed. Also reads
-    /// the rings. Appends to `wanted`.
-    pub fn listen(&self, now: Instant, failed: impl Fn(u32) -> bool, wanted: &mut Vec<u32>) {
-        for client in self.clients().iter_mut() {
-            client.listen(self.layer_count, now);
+    /// the rings. Appends to `wanted`. Who waits for a layer that he is not due, while others get on, is put off: until
+    /// the others' pass comes by, or until such a read costs them no more than their share of it. True when somebody is
+    /// put off: nobody will say so when the others get on no more.
+    pub fn listen(
+        &self,
+        now: Instant,
+        failed: impl Fn(u32) -> bool,
+        wanted: &mut Vec<u32>,
+    ) -> bool {
+        let mut clients = self.clients();
+        let mut advancing = 0;
+        for client in clients.iter_mut() {
+            client.listen(&self.loads, now);
             client.order.look_ahead();
-            let mut honoured = 0;
-            for layer in 0..self.layer_count {
-                if honoured < self.demands_max && client.wants(layer, failed(layer)) {
-                    honoured += 1;
-                    wanted.push(layer);
-                }
-            }
-            client.waiting = honoured > 0;
+            client.sort_waits(self.demands_max, &self.loads, &failed);
+            advancing += usize::from(client.advances(now));
         }
+        let mut again = self.again();
+        let mut stands = false;
+        let mut oldest: Option<(u64, u32)> = None;
+        for client in clients.iter_mut() {
+            client.alone = advancing == usize::from(client.advances(now));
+            wanted.extend(&client.due);
+            client.waiting = !client.due.is_empty();
+            if client.alone {
+                wanted.extend(&client.again);
+                client.waiting |= !client.again.is_empty();
+                continue;
+            }
+            self.put_off.fetch_add(u64::from(client.put_off()), Relaxed);
+            for layer in &client.again {
+                stands |= again.layer == Some(*layer);
+                let one = (client.had_load(*layer), *layer);
+                oldest = Some(oldest.map_or(one, |oldest| oldest.min(one)));
+            }
+        }
+        if !stands {
+            again.layer = None;
+        }
+        if again.layer.is_none()
+            && now >= again.not_before
+            && let Some((_, layer)) = oldest
+        {
+            again.layer = Some(layer);
+            again.since = now;
+        }
+        wanted.extend(again.layer);
+        oldest.is_some()
     }
 
     /// The waits for `layer` so far are answered by a failure; a new wait is a new question.
     pub fn answer_failure(&self, layer: u32) {
         for client in self.clients().iter_mut() {
-            client.answered[layer as usize] = client.page.load(place::want(layer)) >> 16;
+            client.answer_failure(layer);
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
+#[path = "board_tests.rs"]
+mod tests;
 
-    #[test]
-    fn a_hold_is_seen_until_its_client_is_gone() {
-        let board = Board::new(4, 2).unwrap();
-        let page = board.attach(1).unwrap();
-        let before = Instant::now();
-        assert!(board.holding(before).is_empty());
-        page.add(place::hold(2), 1);
-        assert!(board.held(2) && !board.held(1));
-        assert_eq!(board.holding(before), [1]);
-        let late = board.attach(2).unwrap();
-        late.add(place::hold(1), 1);
-        assert_eq!(
-            board.holding(before),
-            [1],
-            "who came later has no lease yet"
-        );
-        assert_eq!(board.holding(Instant::now()), [1, 2]);
-        board.detach(2);
-        assert_eq!(board.holders(2), [1]);
-        assert_eq!(board.leases(1), [(2, 1)]);
-        assert_eq!(board.told()[&1], (1, None, 0));
-        board.detach(1);
-        assert!(board.holding(Instant::now()).is_empty());
-    }
-
-    #[test]
-    fn garbage_in_a_page_is_bounded() {
-        let board = Board::new(8, 2).unwrap();
-        let page = board.attach(1).unwrap();
-        for index in 0..page.count() {
-            page.store(index, 0xdead_beef);
-        }
-        let mut wanted = Vec::new();
-        board.listen(Instant::now(), |_| false, &mut wanted);
-        assert_eq!(wanted.len(), 2, "no more waits than a client may have");
-        assert_eq!(board.leases(1).len(), 8);
-        page.store(place::RING_HEAD, 0);
-        board.listen(Instant::now(), |_| false, &mut wanted);
-        assert!(board.clients()[0].layer.is_none(), "no layer 0xdeadbeef");
-    }
-
-    #[test]
-    fn the_ring_teaches_the_order_even_when_it_has_gone_round() {
-        let board = Board::new(4, 2).unwrap();
-        let page = board.attach(1).unwrap();
-        let mut head = 0u32;
-        let mut acquire = |layer: u32| {
-            page.store(place::RING + head as usize % place::RING_COUNT, layer);
-            head += 1;
-            page.store(place::RING_HEAD, head);
-        };
-        for _ in 0..200 {
-            for layer in [0, 2, 1, 3] {
-                acquire(layer);
-            }
-        }
-        let mut wanted = Vec::new();
-        board.listen(Instant::now(), |_| false, &mut wanted);
-        let mut clients = board.clients();
-        assert_eq!(clients[0].acquires, 800);
-        assert_eq!(clients[0].order.look_ahead(), [0, 2, 1, 3]);
-    }
-
-    #[test]
-    fn a_failure_answers_the_waits_before_it_and_none_after() {
-        let board = Board::new(2, 2).unwrap();
-        let page = board.attach(1).unwrap();
-        page.add(place::want(1), WANT);
-        let ask = || {
-            let mut wanted = Vec::new();
-            board.listen(Instant::now(), |layer| layer == 1, &mut wanted);
-            wanted
-        };
-        assert_eq!(ask(), [1]);
-        board.answer_failure(1);
-        assert!(ask().is_empty(), "one read for one question");
-        page.sub(place::want(1), 1);
-        page.add(place::want(1), WANT);
-        assert_eq!(ask(), [1]);
-    }
-
-    #[test]
-    fn a_change_of_state_is_always_another_word() {
-        let board = Board::new(1, 1).unwrap();
-        let state = || board.area().load(place::state(0));
-        board.show(0, READY, 3);
-        let first = state();
-        assert_eq!(first % CHANGE, READY);
-        board.show(0, READY, 3);
-        assert_eq!(state(), first);
-        board.show(0, 0, 0);
-        board.show(0, READY, 3);
-        assert_ne!(state(), first);
-    }
-}
+#[cfg(test)]
+#[path = "clients_tests.rs"]
+mod clients_tests;

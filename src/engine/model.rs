@@ -389,7 +389,7 @@ impl Model {
         };
         let pool_options = PoolOptions {
             binding: binding.clone(),
-            cancel: None,
+            cancel: self.options.shared.cancel.clone(),
             fill_behind: true,
         };
         let pool = Pool::new(

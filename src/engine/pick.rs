@@ -1,74 +1,16 @@
-//! What to read next: demanded layers first, then the layers to come; and whose slot they may have.
+//! What to read next: demanded layers first, then the layers to come.
 //!
 //! With one host in this process the learned order decides. With clients of a daemon their orders are merged: a layer is
-//! as near as it is to the client that needs it first. A client that is ahead waits for one that is a ring's distance
-//! behind, so that both are served by one read; a budget of waiting time sees to it that a slow client costs the others
-//! a tenth of their time at most.
+//! as near as it is to the client that needs it first. Only who gets on has a say: whoever stands still, or asks for what
+//! he has just had, steers nobody's reads.
 
 use super::board::Board;
 use super::state::{Job, Phase, Slot, State};
 use crate::error::ErrorKind;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-/// Share of time, as a divisor, that clients may wait for one another.
-const COURTESY_SHARE: u32 = 10;
-/// Most that is saved up.
-const COURTESY_MOST: Duration = Duration::from_millis(100);
-/// How often a stream that waits out of courtesy looks again.
-const COURTESY_LOOK: Duration = Duration::from_millis(2);
-/// A layer that somebody waited for is kept this long for him to take it.
-const TAKE_UP: Duration = Duration::from_millis(20);
 /// Layers to come whose own reads go before those of experts that will be leased.
 const NEAR_LAYERS: usize = 2;
-/// A layer whose slot others want is not given to new holders after this long.
-const CLOSING: Duration = Duration::from_millis(100);
-
-/// Time that clients may wait for one another.
-#[derive(Debug)]
-pub(super) struct Courtesy {
-    saved: Duration,
-    updated: Instant,
-    since: Option<Instant>,
-    /// Whether the present choice waits.
-    pub(super) waits: bool,
-}
-
-impl Courtesy {
-    pub(super) fn new() -> Self {
-        Self {
-            saved: COURTESY_MOST,
-            updated: Instant::now(),
-            since: None,
-            waits: false,
-        }
-    }
-
-    fn begin(&mut self, now: Instant) {
-        self.waits = false;
-        if self.since.is_none() {
-            let earned = now.duration_since(self.updated) / COURTESY_SHARE;
-            self.saved = (self.saved + earned).min(COURTESY_MOST);
-        }
-        self.updated = now;
-    }
-
-    /// True as long as there is time left to wait.
-    fn wait(&mut self, now: Instant) -> bool {
-        let since = *self.since.get_or_insert(now);
-        self.waits = now.duration_since(since) < self.saved;
-        self.waits
-    }
-
-    /// Books the time waited once nobody is waited for.
-    fn end(&mut self, now: Instant) {
-        if self.waits {
-            return;
-        }
-        if let Some(since) = self.since.take() {
-            self.saved = self.saved.saturating_sub(now.duration_since(since));
-        }
-    }
-}
 
 /// The layers to come, and how far off each is.
 #[derive(Debug)]
@@ -121,7 +63,6 @@ impl State {
             return self.pick_unit().or_else(|| self.pick_wish());
         }
         let board = self.board.clone();
-        self.picks += 1;
         match board.as_deref() {
             None => {
                 self.order.look_ahead();
@@ -133,8 +74,10 @@ impl State {
             Some(board) => self.listen(board),
         }
         let job = self.choose();
-        if board.is_some() {
-            self.courtesy.end(Instant::now());
+        if let Some(board) = board.as_deref() {
+            let now = Instant::now();
+            self.courtesy.end(now);
+            self.look_at_contention(board, now);
         }
         job
     }
@@ -151,7 +94,6 @@ impl State {
                 return Some(job);
             }
         }
-        self.forget_past_contention();
         if self.draining {
             return None;
         }
@@ -184,10 +126,11 @@ impl State {
     fn listen(&mut self, board: &Board) {
         let now = Instant::now();
         self.courtesy.begin(now);
+        board.set_pass(self.pass_loads());
         let mut wanted = std::mem::take(&mut self.wanted);
         wanted.clear();
         let layers = &self.layers;
-        board.listen(
+        self.puts_off = board.listen(
             now,
             |layer| layers[layer as usize].error.is_some(),
             &mut wanted,
@@ -206,32 +149,20 @@ impl State {
         self.wanted = wanted;
         self.foresight.clear();
         let clients = board.clients();
-        let anybody = clients.iter().any(|client| client.active(now));
-        for client in clients
-            .iter()
-            .filter(|client| client.active(now) || !anybody)
-        {
-            self.foresight.merge(|layer| client.order.distance(layer));
+        let anybody = clients.iter().any(|client| client.advances(now));
+        for client in clients.iter() {
+            let steers = !anybody || client.advances(now);
+            let stays = client.stays(now).filter(|_| !anybody);
+            let distance = |layer| match stays == Some(layer) {
+                true => 0,
+                false => client.distance(layer, steers, board.loads()),
+            };
+            self.foresight.merge(distance);
         }
         if clients.is_empty() {
             self.foresight.merge(|layer| layer);
         }
         self.foresight.sort();
-    }
-
-    /// Layers whose slots nobody wants any more are open to new holders again.
-    fn forget_past_contention(&mut self) {
-        if self.board.is_none() {
-            return;
-        }
-        for layer in 0..self.layers.len() as u32 {
-            let state = &mut self.layers[layer as usize];
-            if state.contended.is_some_and(|(_, pick)| pick != self.picks) {
-                state.contended = None;
-                state.closing = false;
-                self.show(layer);
-            }
-        }
     }
 
     fn job_for(&mut self, layer: u32, distance: u32, slots_allowed: bool) -> Option<Job> {
@@ -268,11 +199,12 @@ impl State {
                 state.slot = None;
                 let evicted = self.layers_of_fetch[old as usize][0];
                 let evicted_state = &mut self.layers[evicted as usize];
-                evicted_state.contended = None;
+                evicted_state.contention = None;
                 evicted_state.closing = false;
                 self.show(evicted);
             }
             self.slots[slot as usize] = Slot::Holds(fetch);
+            self.note_load(fetch, slot);
         }
         let state = &mut self.fetches[fetch as usize];
         state.phase = Phase::Loading;
@@ -280,130 +212,6 @@ impl State {
         state.done.fill(0);
         state.lost = false;
         state.outstanding = self.layout.fetches[fetch as usize].request_count;
-    }
-
-    /// The slot that a failed attempt left at this layer's place, else one that nobody needs, else the one whose layer is
-    /// due last, if that is later than `distance`.
-    fn slot_for(&mut self, layer: u32, distance: u32) -> Option<u32> {
-        if let Some(kept) = self.kept_slot(layer) {
-            return self.nobody_holds(layer, distance).then_some(kept);
-        }
-        let mut best: Option<(u32, u32, u32)> = None;
-        for slot in self.candidate_slots(layer) {
-            match self.slots[slot as usize] {
-                Slot::Free => return Some(slot),
-                Slot::Quarantined => {}
-                Slot::Holds(fetch) => {
-                    let holder = self.layers_of_fetch[fetch as usize][0];
-                    let (phase, state) = (
-                        self.fetches[fetch as usize].phase,
-                        &self.layers[holder as usize],
-                    );
-                    let due = match self.is_expected(holder) {
-                        true => 1, // Only a layer that somebody asks for now comes before it.
-                        false => self.foresight.distance(holder).saturating_add(1),
-                    };
-                    if phase == Phase::Loading || state.leases > 0 {
-                        continue;
-                    }
-                    if phase == Phase::Absent {
-                        if self.nobody_holds(holder, distance) {
-                            return Some(slot);
-                        }
-                        continue;
-                    }
-                    if state.waiters == 0
-                        && due > distance
-                        && best.is_none_or(|(_, latest, _)| due > latest)
-                    {
-                        best = Some((slot, due, holder));
-                    }
-                }
-            }
-        }
-        let (slot, _, holder) = best?;
-        (!self.spared(holder, distance) && self.nobody_holds(holder, distance)).then_some(slot)
-    }
-
-    /// True when a client of the daemon should have `layer` before its slot goes to a layer that is demanded now.
-    fn spared(&mut self, layer: u32, distance: u32) -> bool {
-        let Some(board) = self.board.clone() else {
-            return false;
-        };
-        let now = Instant::now();
-        let fresh = self.layers[layer as usize]
-            .ready_since
-            .is_some_and(|since| now.duration_since(since) < TAKE_UP);
-        if fresh && board.awaited(layer) {
-            self.courtesy.waits |= distance == 0;
-            return true;
-        }
-        if distance > 0 {
-            return false;
-        }
-        // Somebody who will want it within the ring, and is not himself waiting for a slot, comes by soon.
-        let reach = self.layout.slots_count;
-        let near = board.clients().iter().any(|client| {
-            client.active(now) && !client.waits() && client.order.distance(layer) < reach
-        });
-        near && self.courtesy.wait(now)
-    }
-
-    /// Takes a layer off the board and looks whether any client holds it; if so, it stands there again. `distance` 0 is a
-    /// demand: then the holder is in the way, and it is noted since when.
-    fn nobody_holds(&mut self, layer: u32, distance: u32) -> bool {
-        if self.layers[layer as usize].leases > 0 {
-            return false;
-        }
-        let Some(board) = self.board.clone() else {
-            return true;
-        };
-        if !board.held(layer) {
-            board.show(layer, 0, 0);
-            if !board.held(layer) {
-                return true;
-            }
-            self.show(layer);
-        }
-        if distance == 0 {
-            let now = Instant::now();
-            let contended = &mut self.layers[layer as usize].contended;
-            let since = contended.map_or(now, |(since, _)| since);
-            *contended = Some((since, self.picks));
-            if now.duration_since(since) > CLOSING {
-                self.layers[layer as usize].closing = true;
-                self.show(layer);
-            }
-        }
-        false
-    }
-
-    /// Layers that clients have held for longer than `timeout` while others wait for their slots.
-    #[must_use]
-    pub fn overdue(&self, timeout: Duration) -> Vec<u32> {
-        let now = Instant::now();
-        let overdue = |state: &super::state::LayerState| {
-            state
-                .contended
-                .is_some_and(|(since, _)| now.duration_since(since) > timeout)
-        };
-        (0u32..)
-            .zip(&self.layers)
-            .filter(|(_, state)| overdue(state))
-            .map(|(layer, _)| layer)
-            .collect()
-    }
-
-    /// How long the stream may sleep although it found nothing to do: for as long as somebody is waited for out of
-    /// courtesy; `None` = until it is woken.
-    #[must_use]
-    pub fn look_again(&self) -> Option<Duration> {
-        let contended = self.layers.iter().any(|layer| layer.contended.is_some());
-        if self.courtesy.waits {
-            Some(COURTESY_LOOK)
-        } else {
-            contended.then_some(CLOSING)
-        }
     }
 
     /// The slot that still lies at the place of a layer whose last read failed.
@@ -418,13 +226,6 @@ impl State {
             && self
                 .candidate_slots(layer)
                 .all(|slot| self.slots[slot as usize] == Slot::Quarantined)
-    }
-
-    pub(super) fn candidate_slots(&self, layer: u32) -> std::ops::Range<u32> {
-        match self.layout.fixed_slot[layer as usize] {
-            Some(slot) => slot..slot + 1,
-            None => 0..self.layout.slots_count,
-        }
     }
 
     pub(super) fn transient_fetch(&self, layer: u32) -> Option<u32> {

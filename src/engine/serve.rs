@@ -31,9 +31,9 @@ impl Model {
         }
     }
 
-    /// Layers that clients have held for longer than `timeout` while others wait for their slots.
+    /// Clients that have held a layer for longer than `timeout` while others wanted its slot.
     #[must_use]
-    pub fn overdue(&self, timeout: Duration) -> Vec<u32> {
+    pub fn overdue(&self, timeout: Duration) -> Vec<u64> {
         self.core_and_waker()
             .map_or_else(Vec::new, |(core, _)| core.state().overdue(timeout))
     }
@@ -85,6 +85,13 @@ impl Model {
     pub fn pool_offset_bytes(&self, run: &PageRun) -> Option<u64> {
         let (core, _) = self.core_and_waker()?;
         core.pool().file_offset_bytes(run)
+    }
+
+    /// Where slot 0 begins in the pool's file.
+    #[must_use]
+    pub fn ring_offset_bytes(&self) -> u64 {
+        self.core_and_waker()
+            .map_or(0, |(core, _)| core.pool().ring_offset_bytes())
     }
 
     /// Bytes of memory the pool holds now, as the kernel counts.

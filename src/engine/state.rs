@@ -5,11 +5,12 @@
 //! quarantined and never used again; a layer with waiters is not evicted before they had it.
 
 use super::board::{self, Board};
+use super::contention::{Contention, Courtesy, loads_per_pass};
 use super::experts::Experts;
 use super::layout::Layout;
 use super::leases::Leases;
 use super::order::Order;
-use super::pick::{Courtesy, Foresight};
+use super::pick::Foresight;
 use super::stats::{STALL_BOUNDS_NS, SlotCounts};
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::PolicyKind;
@@ -52,8 +53,8 @@ pub(super) struct LayerState {
     pub(super) error: Option<Error>,
     /// What the error before that was: a client of the daemon asks for its text after the next attempt has begun.
     pub(super) past_error: Option<Error>,
-    /// Since when a client of the daemon holds it while others want its slot, and which pick saw it last.
-    pub(super) contended: Option<(Instant, u64)>,
+    /// Clients of the daemon hold it while others want its slot.
+    pub(super) contention: Option<Contention>,
     /// No client gets it any more: the slot is wanted.
     pub(super) closing: bool,
     /// When its last byte arrived.
@@ -119,8 +120,10 @@ pub struct State {
     pub(super) board: Option<Arc<Board>>,
     pub(super) courtesy: Courtesy,
     pub(super) wanted: Vec<u32>,
-    /// Number of the present pick.
-    pub(super) picks: u64,
+    /// Somebody's wait is put off for the others' sake.
+    pub(super) puts_off: bool,
+    /// Layers that are read in every pass.
+    pub(super) loads_per_pass: u64,
     /// A new plan is being made: nothing is read ahead.
     pub draining: bool,
     /// The stream looked for work and found none: it wants to be woken when that may have changed.
@@ -178,7 +181,8 @@ impl State {
             board,
             courtesy: Courtesy::new(),
             wanted: Vec::with_capacity(layout.of_layer.len()),
-            picks: 0,
+            puts_off: false,
+            loads_per_pass: loads_per_pass(&layout),
             draining: false,
             hungry: false,
             waiters: 0,
@@ -330,6 +334,14 @@ impl State {
         self.demand(layer, false);
     }
 
+    /// The failure of a read that a host asked for by trying. It is told once; the try after that asks anew.
+    pub fn answer_try(&mut self, layer: u32) -> Option<Error> {
+        self.layers[layer as usize].tried_at?;
+        let error = self.take_error(layer)?;
+        self.layers[layer as usize].tried_at = None;
+        Some(error)
+    }
+
     /// True while the host that tried to get `layer` may still come back for it.
     pub(super) fn is_expected(&self, layer: u32) -> bool {
         let passed = |at: u64| self.acquires - at;
@@ -459,6 +471,12 @@ impl State {
         self.unit_settled(fetch, false);
         self.residents_left -= u32::from(self.layout.is_resident(fetch));
         self.loads += u64::from(self.fetches[fetch as usize].slot.is_some());
+        if let (Some(board), Some(layer)) = (
+            &self.board,
+            self.layout.fetches[fetch as usize].transient_of,
+        ) {
+            board.give(layer);
+        }
         for index in 0..self.layers_of_fetch[fetch as usize].len() {
             let layer = self.layers_of_fetch[fetch as usize][index];
             if self.ready(layer, Need::Whole) {
@@ -591,4 +609,4 @@ fn set_bit(words: &mut [u64], index: u32) {
 
 #[cfg(test)]
 #[path = "state_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -7,7 +7,7 @@ use crate::plan::PageRun;
 use proptest::prelude::*;
 
 /// Layers of one resident and one transient fetch each; `requests` requests per fetch.
-fn layout(layer_count: u32, slots_count: u32, requests: u32, fixed: bool) -> Arc<Layout> {
+pub fn layout(layer_count: u32, slots_count: u32, requests: u32, fixed: bool) -> Arc<Layout> {
     let request_bytes = 4096;
     let mut layout = Layout {
         page_bytes: 4096,

@@ -78,6 +78,8 @@ pub struct Shared {
     pub board: Option<Arc<Board>>,
     /// Its part of the drive.
     pub share: Option<Arc<Member>>,
+    /// Set when the daemon ends: a pool that is being filled is filled no further.
+    pub cancel: Option<Arc<AtomicBool>>,
 }
 
 /// Body of the thread. The reader is made here because its ring belongs to the thread that made it.
@@ -208,7 +210,10 @@ impl Stream<'_> {
         let target = {
             let mut pool = self.core.pool();
             match job.slot {
-                Some(slot) => pool.aim(slot, &fetch.run)?,
+                Some(slot) if self.is_own_slot(fetch.transient_of, slot) => {
+                    pool.aim(slot, &fetch.run)?
+                }
+                Some(slot) => pool.aim_away(slot, &fetch.run)?,
                 None => {
                     pool.check_filled()?;
                     pool.resident_target(&fetch.run)
@@ -232,6 +237,12 @@ impl Stream<'_> {
             self.queue.extend(requests);
         }
         Ok(())
+    }
+
+    /// True for the slot that the plan gives a layer, and for every slot where it gives none.
+    fn is_own_slot(&self, layer: Option<u32>, slot: u32) -> bool {
+        let own = layer.and_then(|layer| self.layout.fixed_slot[layer as usize]);
+        own.is_none_or(|own| own == slot)
     }
 
     fn submit(&mut self) -> Result<()> {

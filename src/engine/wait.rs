@@ -73,9 +73,14 @@ pub fn wait(
         );
         return Err(Error::new(ErrorKind::Busy, context));
     }
+    let tries = timeout.is_some_and(|timeout| timeout.is_zero());
+    // Who does not wait hears at his next try what became of the one before.
+    if tries && let Some(error) = state.answer_try(layer) {
+        return Err(error);
+    }
     // An error that prefetch left behind is not an answer to this call: it reads again.
     drop(state.take_error(layer));
-    if timeout.is_some_and(|timeout| timeout.is_zero()) {
+    if tries {
         state.tried(layer);
         let hungry = std::mem::take(&mut state.hungry);
         drop(state);

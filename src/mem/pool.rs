@@ -163,11 +163,33 @@ impl Pool {
             Store::Private(store) => store.aim(slot, run)?,
             Store::Shared(store) => store.aim(slot, run)?,
         };
+        self.poison(target, run);
+        Ok(target)
+    }
+
+    /// With faults: what is read before it has come is not what was there before.
+    fn poison(&self, _target: *mut u8, _run: &PageRun) {
         #[cfg(feature = "faults")]
         if self.poison {
             // SAFETY: aim returned the run's writable bytes, which nobody may read before publish.
-            unsafe { std::ptr::write_bytes(target, 0xA5, self.geometry.bytes(run.page_count)) };
+            unsafe { std::ptr::write_bytes(_target, 0xA5, self.geometry.bytes(_run.page_count)) };
         }
+    }
+
+    /// [`Pool::aim`] for a run of another slot of the shared backing. Only who maps the pool's file at
+    /// [`Pool::ring_offset_bytes`] sees it there; the windows of this process show the slot of the plan.
+    ///
+    /// # Errors
+    /// Those of [`Pool::aim`]; `Unsupported` in the private backing, where every slot serves every run.
+    pub fn aim_away(&mut self, slot: u32, run: &PageRun) -> Result<*mut u8> {
+        let target = match &mut self.store {
+            Store::Private(_) => {
+                let context = "the private backing has no slots of a run's own";
+                return Err(Error::new(ErrorKind::Unsupported, context));
+            }
+            Store::Shared(store) => store.aim_away(slot, run)?,
+        };
+        self.poison(target, run);
         Ok(target)
     }
 
@@ -273,6 +295,15 @@ impl Pool {
         match &self.store {
             Store::Private(_) => None,
             Store::Shared(store) => Some(store.memory()),
+        }
+    }
+
+    /// Where slot 0 begins in the pool's file; each slot is as long as the plan says. 0 in the private backing.
+    #[must_use]
+    pub fn ring_offset_bytes(&self) -> u64 {
+        match &self.store {
+            Store::Private(_) => 0,
+            Store::Shared(store) => store.ring_offset_bytes(),
         }
     }
 

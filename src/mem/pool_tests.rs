@@ -358,6 +358,13 @@ fn shared_slots_alias_one_memory() {
         assert_eq!(other as usize, target as usize + 2 * page_bytes as usize);
         let error = pool.aim(1, &run_of(&plan, 0)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+        // Another slot serves it all the same for whoever maps the file; a slot or a run that is not in the plan does not.
+        let away = pool.aim_away(1, &run_of(&plan, 0)).unwrap();
+        assert_eq!(away, other);
+        for (slot, run) in [(2, run_of(&plan, 0)), (0, plan.resident[0])] {
+            let error = pool.aim_away(slot, &run).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+        }
         let probe = pool.probe();
         let (bytes, _, forked) = mapped(&probe.inner.ranges);
         assert_eq!(bytes, pool_bytes(&pool));
@@ -397,6 +404,7 @@ fn clients_get_a_sealed_read_only_file() {
         "behind two resident pages and slot 0"
     );
     assert_eq!(pool.file_offset_bytes(&plan.resident[1]), Some(PAGE_4K));
+    assert_eq!(pool.ring_offset_bytes(), 2 * PAGE_4K);
     assert_eq!(
         pool.file_offset_bytes(&PageRun {
             page_count: 1,

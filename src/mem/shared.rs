@@ -136,31 +136,49 @@ impl Shared {
     pub(super) fn file_offset_bytes(&self, run: &PageRun) -> Option<u64> {
         let page = match find_resident(&self.resident, run) {
             Some((index, skip)) => self.resident_pages[index] + skip,
-            None => {
-                let resident: u64 = self.resident.iter().map(|run| run.page_count).sum();
-                resident + u64::from(self.slot_of(run)?) * self.geometry.slot_pages
-            }
+            None => self.slot_page(self.slot_of(run)?),
         };
         Some(page * self.geometry.page_bytes)
     }
 
     pub(super) fn aim(&mut self, slot: u32, run: &PageRun) -> Result<*mut u8> {
-        let offset_bytes = match self.slot_of(run) {
-            Some(own) if own == slot => self.file_offset_bytes(run),
-            other => {
+        match self.slot_of(run) {
+            Some(own) if own == slot => self.aim_away(slot, run),
+            other => Err(Error::new(
+                ErrorKind::Invalid,
+                format!("{run:?} is served by slot {other:?} of the plan, not by slot {slot}"),
+            )),
+        }
+    }
+
+    /// Where a run of the ring goes in any slot. Our own windows show it in the slot of the plan only.
+    pub(super) fn aim_away(&mut self, slot: u32, run: &PageRun) -> Result<*mut u8> {
+        let known = self.slot_of(run).is_some();
+        let state = match self.slots.get_mut(slot as usize) {
+            Some(state) if known => state,
+            _ => {
                 return Err(Error::new(
                     ErrorKind::Invalid,
-                    format!("{run:?} is served by slot {other:?} of the plan, not by slot {slot}"),
+                    format!("{run:?} is not a run for slot {slot} of the plan"),
                 ));
             }
         };
-        let state = &mut self.slots[slot as usize];
         if state.quarantined {
             return Err(quarantined(slot));
         }
         state.aimed = true;
-        let offset_bytes = offset_bytes.unwrap_or_default();
-        Ok((self.memory.base + offset_bytes as usize) as *mut u8)
+        let offset = self.geometry.bytes(self.slot_page(slot));
+        Ok((self.memory.base + offset) as *mut u8)
+    }
+
+    /// Page of the file where a slot begins: behind the resident ones.
+    fn slot_page(&self, slot: u32) -> u64 {
+        let resident: u64 = self.resident.iter().map(|run| run.page_count).sum();
+        resident + u64::from(slot) * self.geometry.slot_pages
+    }
+
+    pub(super) fn ring_offset_bytes(&self) -> u64 {
+        self.slot_page(0) * self.geometry.page_bytes
     }
 
     pub(super) fn publish(&mut self, slot: u32) -> Result<()> {

@@ -27,7 +27,7 @@ use crate::model::Catalog;
 use serde_json::json;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,9 @@ use std::time::{Duration, Instant};
 pub(super) const SLICE: Duration = Duration::from_millis(50);
 /// How often a client that never has to sleep looks at the connection.
 const LOOK: Duration = Duration::from_millis(200);
+
+/// No state word.
+pub(super) const NO_WISH: u64 = u64::MAX;
 
 /// A model in the daemon.
 #[derive(Debug)]
@@ -50,11 +53,12 @@ pub struct Attached {
     pub(super) page: SharedWords,
     pub(super) kick: OwnedFd,
     pub(super) plan: RwLock<Arc<ClientPlan>>,
-    /// Per layer: the generation whose pages its window shows; 0 = none.
-    pub(super) mapped: Vec<AtomicU32>,
+    /// Per layer: the generation whose pages its window shows (0 = none), and in the low half the slot.
+    pub(super) mapped: Vec<AtomicU64>,
     pub(super) mapping: Mutex<()>,
-    /// Per layer: an acquire that did not wait has said that it is wanted.
-    pub(super) wished: Vec<AtomicBool>,
+    /// Per layer: an acquire that did not wait has said that it is wanted, when the layer's state word was this; else
+    /// [`NO_WISH`].
+    pub(super) wished: Vec<AtomicU64>,
     pub(super) leases: Mutex<Leases>,
     pub(super) released: Condvar,
     pub(super) lost: OnceLock<Error>,
@@ -113,11 +117,11 @@ impl Attached {
             model: answer.model,
             windows: Arc::new(Windows::reserve(&lens)?),
             spans: Spans::new(&catalog),
-            mapped: catalog.layers.iter().map(|_| AtomicU32::new(0)).collect(),
+            mapped: catalog.layers.iter().map(|_| AtomicU64::new(0)).collect(),
             wished: catalog
                 .layers
                 .iter()
-                .map(|_| AtomicBool::new(false))
+                .map(|_| AtomicU64::new(NO_WISH))
                 .collect(),
             catalog,
             area,
@@ -195,7 +199,7 @@ impl Attached {
         }
         self.refuse_deadlock(layer, thread)?;
         if timeout.is_some_and(|timeout| timeout.is_zero()) {
-            return Err(self.ask_for(layer));
+            return Err(self.ask_for(layer)?);
         }
         self.stalls.fetch_add(1, Ordering::Relaxed);
         let began = Instant::now();

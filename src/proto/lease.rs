@@ -1,11 +1,12 @@
 //! How a client takes a lease: a few atomics when the layer is there, a kick and a sleep when it is not.
 
-use super::attached::{Attached, SLICE, locked};
+use super::attached::{Attached, NO_WISH, SLICE, locked};
 use super::fetch::fetch_plan;
 use super::message::{Failure, Method, to_value};
 use super::plan::ClientPlan;
 use crate::engine::board::{self, place};
 use crate::error::{Error, ErrorKind, Result};
+use crate::plan::PageRun;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -21,16 +22,34 @@ pub(super) enum Need {
 }
 
 impl Attached {
-    /// Says that the layer is wanted, without waiting: the wish stands until the layer is had.
-    pub(super) fn ask_for(&self, layer: u32) -> Error {
-        if !self.wished[layer as usize].swap(true, Ordering::AcqRel) {
-            self.page.add(place::want(layer), board::WANT);
+    /// Says that the layer is wanted, without waiting: the wish stands until the layer is had, or cannot be had. Then
+    /// the next try is told why, once, and the one after it asks anew.
+    pub(super) fn ask_for(&self, layer: u32) -> Result<Error> {
+        let state = self.area.load(place::state(layer));
+        let wish = &self.wished[layer as usize];
+        let asked = wish.load(Ordering::Acquire);
+        if asked == NO_WISH {
+            if wish.swap(state.into(), Ordering::AcqRel) == NO_WISH {
+                self.page.add(place::want(layer), board::WANT);
+            }
+        } else if state & board::FAILED != 0
+            && asked != u64::from(state)
+            && let Some(error) = self.failure(layer, true)?
+        {
+            self.take_wish_back(layer);
+            return Ok(error);
         }
         self.kick();
-        Error::new(
+        Ok(Error::new(
             ErrorKind::Again,
             format!("layer {layer} is not in memory yet"),
-        )
+        ))
+    }
+
+    fn take_wish_back(&self, layer: u32) {
+        if self.wished[layer as usize].swap(NO_WISH, Ordering::AcqRel) != NO_WISH {
+            self.page.sub(place::want(layer), 1);
+        }
     }
 
     /// Raises the hold and looks whether the layer is there; if so, it is leased and mapped.
@@ -76,13 +95,13 @@ impl Attached {
         if !ready && !self.has_arrived(layer, need, state, arrived) {
             return Ok(false);
         }
-        if self.mapped[layer as usize].load(Ordering::Acquire) != generation {
-            self.map(layer, generation)?;
+        let slot = self.area.load(place::slot(layer, self.area_layers()));
+        let shown = u64::from(generation) << 32 | u64::from(slot);
+        if self.mapped[layer as usize].load(Ordering::Acquire) != shown {
+            self.map(layer, generation, slot)?;
         }
         let new = leases.add(layer, thread)?;
-        if self.wished[layer as usize].swap(false, Ordering::AcqRel) {
-            self.page.sub(place::want(layer), 1);
-        }
+        self.take_wish_back(layer);
         // More of a layer that the thread holds already tells nothing about the order.
         if new {
             let head = self.page.load(place::RING_HEAD);
@@ -102,17 +121,29 @@ impl Attached {
         (!resident || state & board::RESIDENT != 0) && arrived >= pages
     }
 
-    /// Shows the layer's pages in its windows. The layer is held, so its plan stays in force. A page that it shares with
-    /// a layer that another thread reads is there in both plans, with the same bytes.
-    fn map(&self, layer: u32, generation: u32) -> Result<()> {
+    /// Shows the layer's pages in its windows. The layer is held, so its plan and its slot stay what they are. A page
+    /// that it shares with a layer that another thread reads is there in both plans, with the same bytes.
+    fn map(&self, layer: u32, generation: u32, slot: u32) -> Result<()> {
         let _one_at_a_time = locked(&self.mapping);
         let plan = self.plan();
         let page_bytes = plan.figures.page_bytes;
-        plan.pieces(&self.catalog, layer, |run, offset_bytes| {
+        let show = |run: &PageRun, offset_bytes: u64| {
             self.windows.show(&plan.pool, run, page_bytes, offset_bytes)
-        })?;
-        self.mapped[layer as usize].store(generation, Ordering::Release);
+        };
+        let mapped = &self.mapped[layer as usize];
+        if mapped.load(Ordering::Acquire) >> 32 != u64::from(generation) {
+            plan.resident_pieces(&self.catalog, layer, show)?;
+        }
+        if let Some((run, offset_bytes)) = plan.streamed(layer, slot)? {
+            show(&run, offset_bytes)?;
+        }
+        let shown = u64::from(generation) << 32 | u64::from(slot);
+        mapped.store(shown, Ordering::Release);
         Ok(())
+    }
+
+    fn area_layers(&self) -> u32 {
+        self.catalog.layers.len() as u32
     }
 
     pub(super) fn plan(&self) -> Arc<ClientPlan> {

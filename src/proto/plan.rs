@@ -22,7 +22,7 @@ pub struct Placed {
     pub page: u64,
     /// Number of pages.
     pub pages: u64,
-    /// First byte in the pool's file.
+    /// First byte in the pool's file; of a transient run, while it lies in its own slot.
     pub offset: u64,
 }
 
@@ -47,6 +47,8 @@ pub struct Figures {
     pub slots_count: u32,
     /// Bytes of one slot.
     pub slot_bytes: u64,
+    /// Where slot 0 begins in the pool's file; the others follow.
+    pub ring_offset: u64,
     /// Most transient layers that a client may hold.
     pub holds_max: u32,
     /// What weights may take.
@@ -86,6 +88,7 @@ pub fn describe(model: &Model) -> Result<(Figures, Vec<Placed>)> {
         page_bytes: plan.page_bytes,
         slots_count,
         slot_bytes: plan.slot_pages * plan.page_bytes,
+        ring_offset: model.ring_offset_bytes(),
         holds_max: holds_max(slots_count),
         weight_budget_bytes: plan.weight_budget_bytes,
         resident_bytes: plan.resident_bytes,
@@ -182,8 +185,36 @@ impl ClientPlan {
         (outside, u32::try_from(pages).unwrap_or(u32::MAX))
     }
 
-    /// Every run of pages that a layer lies in, each with its place in the pool's file.
-    pub fn pieces(
+    /// The transient run of a layer and its place in the pool's file, when it lies in `slot`.
+    ///
+    /// # Errors
+    /// `Connection` for a slot that the plan does not have.
+    pub fn streamed(&self, layer: u32, slot: u32) -> Result<Option<(PageRun, u64)>> {
+        let Some(Some(run)) = self.transient.get(layer as usize) else {
+            return Ok(None);
+        };
+        if run.slot == Some(slot) {
+            return Ok(Some((run.run(), run.offset)));
+        }
+        let figures = &self.figures;
+        let place = u64::from(slot).checked_mul(figures.slot_bytes);
+        match place.and_then(|place| place.checked_add(figures.ring_offset)) {
+            Some(offset) if slot < figures.slots_count => Ok(Some((run.run(), offset))),
+            _ => Err(Error::new(
+                ErrorKind::Connection,
+                format!(
+                    "the daemon says that layer {layer} is in slot {slot}; its plan has {}",
+                    figures.slots_count
+                ),
+            )),
+        }
+    }
+
+    /// The resident pages that a layer lies in, run by run, each with its place in the pool's file.
+    ///
+    /// # Errors
+    /// `Connection` for a page that the plan has no place for; what `each` says.
+    pub fn resident_pieces(
         &self,
         catalog: &Catalog,
         layer: u32,
@@ -193,17 +224,14 @@ impl ClientPlan {
             return Ok(());
         };
         let transient = self.transient[layer as usize];
-        if let Some(run) = transient {
-            each(&run.run(), run.offset)?;
-        }
         for (shard, first, end) in ranges(entry, transient, self.figures.page_bytes) {
-            self.resident_pieces(shard, first, end, &mut each)?;
+            self.pieces(shard, first, end, &mut each)?;
         }
         Ok(())
     }
 
     /// The resident runs' parts in pages `[first, end)`.
-    fn resident_pieces(
+    fn pieces(
         &self,
         shard: u32,
         first: u64,

@@ -30,6 +30,9 @@ pub struct Snapshot {
     pub revoked_total: u64,
     /// Connections refused or closed for breaking a limit.
     pub refused_total: u64,
+    /// Processes that may not attach for now, because a lease of theirs had to be taken back.
+    #[serde(default)]
+    pub barred: u32,
     /// Memory pressure, where it is watched.
     pub pressure: Option<Pressure>,
     /// The models, by number.
@@ -138,6 +141,12 @@ pub struct ModelState {
     pub slots_quarantined: u32,
     /// Acquires that the learned order had not foreseen.
     pub mispredicts_total: u64,
+    /// Waits that were put off while others got on: for layers that their client had less than a pass ago.
+    #[serde(default)]
+    pub put_off_total: u64,
+    /// Loads into another slot than the plan's, because that one was held.
+    #[serde(default)]
+    pub away_loads_total: u64,
 }
 
 /// One client that is attached to a model.

@@ -35,6 +35,11 @@ pub(super) fn status(snapshot: &Snapshot) -> String {
             format!("{revoked} revoked, {refused} over a limit"),
         );
     }
+    if snapshot.barred > 0 {
+        let end = if snapshot.barred == 1 { "" } else { "es" };
+        let text = format!("{} process{end} that kept a layer", snapshot.barred);
+        table.field("barred", text);
+    }
     let mut text = table.to_string();
     let _ = write!(text, "\n{}", models(&snapshot.models));
     for model in snapshot
