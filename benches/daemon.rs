@@ -66,7 +66,7 @@ fn main() {
     }
     if wanted("hostile") {
         let named = |kind: &&str| words.contains(kind);
-        let all = !HOSTILE.iter().any(|kind| named(kind));
+        let all = !HOSTILE.iter().any(&named);
         let kinds: Vec<&str> = HOSTILE
             .into_iter()
             .filter(|kind| all || named(kind))
