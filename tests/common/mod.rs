@@ -2,6 +2,7 @@
 
 #![allow(dead_code)]
 
+use nix::fcntl::{Flock, FlockArg};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -40,10 +41,16 @@ pub fn synth(name: &str, arguments: &[&str]) -> PathBuf {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
         });
     let path = models().join(format!("{name}-{key:016x}.gguf"));
+    // Tests run at the same time and may want the same model. It is made once and never replaced: a daemon that has opened
+    // the one would notice the other.
+    let lock = std::fs::File::create(models().join("lock")).expect("a lock file");
+    let _locked = Flock::lock(lock, FlockArg::LockExclusive)
+        .map_err(|(_, errno)| errno)
+        .expect("a lock");
     if path.exists() {
         return path;
     }
-    // Written under a name of its own first: tests run at the same time and may want the same model.
+    // Under a name of its own first: an interrupted run leaves no half a model behind.
     let temporary = models().join(format!(
         "{name}-{key:016x}-{}-{:?}.gguf",
         std::process::id(),
