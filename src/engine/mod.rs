@@ -2,7 +2,7 @@
 //!
 //! * [`open`]: path to catalog. * [`options`]: how to open it. * [`model`]: what a host holds. * `layout`: what there is to fetch.
 //! * `order`: what comes next. * [`trace`]: what happened when. * `latency`: how long loads took. * `reading`: how it is read.
-//! * `state`: who holds what. * `pick`: what to read next. * `contention`: whose slot it may have. * `experts`: which of them are cached.
+//! * `state`: who holds what. * `demand`: what is asked for. * `pick`: what to read next. * `contention`: whose slot it may have. * `experts`: which of them are cached.
 //! * [`ranges`]: leases of byte ranges. * [`rows`]: rows of embeddings, copied out. * [`board`]: leases of other processes. * `client`: what each of them is due. * `wait`: how a host sleeps for it.
 //! * `stream`: the one thread that moves bytes. * `gpu`: the same one floor up, into VRAM.
 
@@ -11,6 +11,7 @@ pub mod board;
 mod client;
 mod contention;
 mod counting;
+mod demand;
 mod experts;
 #[cfg(feature = "cuda")]
 pub mod gpu;
