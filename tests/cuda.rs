@@ -145,6 +145,20 @@ fn the_second_gpu_is_one_too() {
     assert_eq!(answer["verified_bytes"], catalog.layer_bytes());
 }
 
+/// A lease that is given before the copies are done shows poison, or another layer: the suite notices.
+#[cfg(feature = "faults")]
+#[test]
+fn a_lease_given_too_early_is_noticed() {
+    let model = model();
+    let state = [("FAKE_CUDA_DELAY_US", "3000"), ("FAKE_CUDA_READ_US", "0")];
+    let arguments = "--vram 40MiB --memory 120% --passes 1 --verify";
+    let mut command = stream(&model, arguments, &state);
+    let said = output(command.env("FLEA_FAULT", "nowait"));
+    assert_eq!(said.status.code(), Some(5), "{}", text(&said));
+    let text = text(&said);
+    assert!(text.contains("differs from VRAM"), "{text}");
+}
+
 /// Without the events of those who read a slot, what they read changes under them: the suite notices.
 #[cfg(feature = "faults")]
 #[test]

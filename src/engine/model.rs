@@ -16,7 +16,7 @@ use super::state::{Need, State};
 use super::stats::{BudgetReport, Fallback};
 use super::stream::{self, Core, Started};
 use super::trace::Trace;
-use super::wait::{Asked, Hall, wait};
+use super::wait::{Asked, Hall};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::mirror::{self, Copies};
 use crate::io::profile::Found;
@@ -239,25 +239,9 @@ impl Model {
             );
             return Err(Error::new(ErrorKind::Invalid, context));
         }
-        let thread = thread_id();
-        let mut state = running.core.state();
-        let leased = if state.ready(layer, need) || skip_the_wait() {
-            let leased = state.lease(layer, thread);
-            drop(state);
-            leased
-        } else {
-            let asked = Asked {
-                layer,
-                need,
-                thread,
-            };
-            let wake = || running.started.waker.wake();
-            wait(&running.core.hall, &wake, state, asked, timeout)
-        };
-        if let (Some(trace), true) = (&running.core.hall.trace, leased?) {
-            trace.leased(layer, thread);
-        }
-        Ok(())
+        let asked = Asked::by_this_thread(layer, need);
+        let wake = || running.started.waker.wake();
+        running.core.hall.acquire(&wake, asked, timeout)
     }
 
     /// Gives a lease back. May be called on another thread than the acquire.
@@ -533,16 +517,4 @@ impl Drop for Running {
             log::error!("the stream's thread had panicked");
         }
     }
-}
-
-/// `FLEA_FAULT=nowait`: hosts get their lease before the bytes are there. A suite that passes with it tests nothing.
-fn skip_the_wait() -> bool {
-    #[cfg(feature = "faults")]
-    return {
-        static NOWAIT: OnceLock<bool> = OnceLock::new();
-        *NOWAIT
-            .get_or_init(|| crate::io::fault::Faults::from_env().is_ok_and(|faults| faults.nowait))
-    };
-    #[cfg(not(feature = "faults"))]
-    false
 }

@@ -1,11 +1,14 @@
-//! The slow half of an acquire: a host sleeps until the stream has brought what it needs.
+//! An acquire: at once where the layer is there, else the host sleeps until the stream has brought what it needs.
 //!
 //! Invariants: the state's lock is never held while waking the stream; a waiter is counted in the state for as long as
 //! it waits, so its layer is not evicted before it had it.
 
+use super::leases::thread_id;
 use super::state::{Need, State};
 use super::trace::Trace;
 use crate::error::{Error, ErrorKind, Result};
+#[cfg(feature = "faults")]
+use std::sync::OnceLock;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -32,6 +35,25 @@ impl Hall {
             self.changed.notify_all();
         }
     }
+
+    /// Leases what is asked for, waiting for the stream that `wake` wakes where it is not there.
+    ///
+    /// # Errors
+    /// `Busy` for a wait that could last for ever, `Again` and `Timeout`, and what the drive said.
+    pub fn acquire(&self, wake: &dyn Fn(), asked: Asked, timeout: Option<Duration>) -> Result<()> {
+        let mut state = self.state();
+        let leased = if state.ready(asked.layer, asked.need) || skip_the_wait() {
+            let leased = state.lease(asked.layer, asked.thread);
+            drop(state);
+            leased
+        } else {
+            wait(self, wake, state, asked, timeout)
+        };
+        if let (Some(trace), true) = (&self.trace, leased?) {
+            trace.leased(asked.layer, asked.thread);
+        }
+        Ok(())
+    }
 }
 
 /// What a host waits for, and who it is.
@@ -45,11 +67,35 @@ pub struct Asked {
     pub thread: u64,
 }
 
+impl Asked {
+    /// The calling thread asks.
+    #[must_use]
+    pub fn by_this_thread(layer: u32, need: Need) -> Self {
+        Self {
+            layer,
+            need,
+            thread: thread_id(),
+        }
+    }
+}
+
+/// `FLEA_FAULT=nowait`: hosts get their lease before the bytes are there. A suite that passes with it tests nothing.
+fn skip_the_wait() -> bool {
+    #[cfg(feature = "faults")]
+    return {
+        static NOWAIT: OnceLock<bool> = OnceLock::new();
+        *NOWAIT
+            .get_or_init(|| crate::io::fault::Faults::from_env().is_ok_and(|faults| faults.nowait))
+    };
+    #[cfg(not(feature = "faults"))]
+    false
+}
+
 /// Asks the stream, which `wake` wakes, for a layer and sleeps until it is there; leases it. True for a new lease.
 ///
 /// # Errors
 /// `Busy` for a wait that could last for ever, `Again` and `Timeout`, and what the drive said.
-pub fn wait(
+fn wait(
     hall: &Hall,
     wake: &dyn Fn(),
     mut state: MutexGuard<'_, State>,

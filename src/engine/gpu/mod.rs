@@ -24,7 +24,7 @@ use super::open::read_catalog;
 use super::options::{BudgetSpec, OpenOptions};
 use super::state::{Need, State};
 use super::stats::Stats;
-use super::wait::{Asked, Hall, wait};
+use super::wait::{Asked, Hall};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::mirror;
 use crate::mem::cuda::{Context, Event, VramPool};
@@ -222,25 +222,9 @@ impl GpuModel {
         timeout: Option<Duration>,
     ) -> Result<()> {
         let need = self.need(layer, range)?;
-        let thread = thread_id();
-        let mut state = self.core.hall.state();
-        let leased = if state.ready(layer, need) {
-            let leased = state.lease(layer, thread);
-            drop(state);
-            leased
-        } else {
-            let asked = Asked {
-                layer,
-                need,
-                thread,
-            };
-            let wake = || self.core.bell.ring();
-            wait(&self.core.hall, &wake, state, asked, timeout)
-        };
-        if let (Some(trace), true) = (&self.core.hall.trace, leased?) {
-            trace.leased(layer, thread);
-        }
-        Ok(())
+        let asked = Asked::by_this_thread(layer, need);
+        let wake = || self.core.bell.ring();
+        self.core.hall.acquire(&wake, asked, timeout)
     }
 
     /// Gives a lease back; nothing on the GPU reads the layer any more.
