@@ -209,15 +209,13 @@ impl Stream<'_> {
         self.reader.check_unchanged(fetch.run.shard_index)?;
         let target = {
             let mut pool = self.core.pool();
+            pool.check_filled()?;
             match job.slot {
                 Some(slot) if self.is_own_slot(fetch.transient_of, slot) => {
                     pool.aim(slot, &fetch.run)?
                 }
                 Some(slot) => pool.aim_away(slot, &fetch.run)?,
-                None => {
-                    pool.check_filled()?;
-                    pool.resident_target(&fetch.run)
-                }
+                None => pool.resident_target(&fetch.run),
             }
         };
         if target.is_null() {

@@ -22,6 +22,7 @@ mod host;
 mod private;
 mod report;
 mod shared;
+mod slot;
 mod view;
 
 pub use place::Place;

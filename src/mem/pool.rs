@@ -35,8 +35,8 @@ pub struct PoolOptions {
     pub binding: Option<Binding>,
     /// Set by another thread to give up while the memory is being allocated.
     pub cancel: Option<Arc<AtomicBool>>,
-    /// Private backing: give resident pages their memory while they are read, instead of all of it first. What runs out
-    /// then is told by [`Pool::check_filled`].
+    /// Private backing: give pages their memory while the first pass reads, instead of all of it first. What runs out then is
+    /// told by [`Pool::check_filled`].
     pub fill_behind: bool,
 }
 
@@ -204,7 +204,7 @@ impl Pool {
         }
     }
 
-    /// To be asked before a read into resident pages of a pool that is filled behind.
+    /// To be asked before a read into a pool that is filled behind.
     ///
     /// # Errors
     /// `NoMemory` when there was none left for them.

@@ -124,18 +124,25 @@ fn stamp(target: *mut u8, plan: &Plan, slot: u32, pages: std::ops::Range<u64>, c
 }
 
 /// Three slots serve forty places of differing length, two hundred moves in all. Every page of a slot keeps its number on every move.
-fn moves(page_bytes: u64, slot_pages: u64) {
+/// `behind`: they get their memory meanwhile.
+fn moves(page_bytes: u64, slot_pages: u64, behind: bool) {
     let runs: Vec<u64> = (0..40)
         .map(|layer| slot_pages - [0, 1, 0, 3, 1][layer % 5])
         .collect();
     let (windows, plan) = plan_of(page_bytes, slot_pages + 1, &runs, 3);
-    let mut pool = pool_of(&windows, &plan, Backing::Private);
+    let options = PoolOptions {
+        fill_behind: behind,
+        ..PoolOptions::default()
+    };
+    let mut pool = Pool::new(Arc::clone(&windows), &plan, Backing::Private, &options).unwrap();
     let probe = pool.probe();
     assert_eq!(
         pool_bytes(&pool),
         (runs.iter().map(|run| slot_pages + 1 - run).sum::<u64>() + 3 * slot_pages) * page_bytes
     );
-    let (bytes_before, ..) = mapped(&probe.inner.ranges);
+    if !behind {
+        assert_eq!(mapped(&probe.inner.ranges).0, pool_bytes(&pool));
+    }
     let mut stamped = [0_u64; 3];
     let mut served = [None; 3];
     for step in 0..200 {
@@ -165,16 +172,22 @@ fn moves(page_bytes: u64, slot_pages: u64) {
             readable(target) && !writable(target),
             "published is read-only"
         );
+        // The first places of slots that are still to be used are writable from the beginning.
         if let Some(old) = served[slot as usize].replace(target) {
             assert!(old == target || !readable(old), "an old place must be gone");
         }
     }
-    let (bytes_after, mappings, forked) = mapped(&probe.inner.ranges);
+    let patience = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while mapped(&probe.inner.ranges).0 < pool_bytes(&pool) && patience > std::time::Instant::now()
+    {
+        pool.check_filled().unwrap();
+    }
+    let (bytes, mappings, forked) = mapped(&probe.inner.ranges);
     assert_eq!(
-        bytes_after, bytes_before,
+        bytes,
+        pool_bytes(&pool),
         "moves neither make nor lose memory"
     );
-    assert_eq!(bytes_after, pool_bytes(&pool));
     assert!(mappings <= 40 * 2 + 3 * 6 + 8, "{mappings} mappings");
     assert_eq!(forked, 0, "children of fork must not share the pool");
     let report = pool.page_report().unwrap();
@@ -192,12 +205,39 @@ fn last_byte(target: *mut u8, run: &PageRun, plan: &Plan) -> *mut u8 {
 
 #[test]
 fn slots_move_on_huge_pages() {
-    moves(PAGE_2M, 6);
+    moves(PAGE_2M, 6, false);
 }
 
 #[test]
 fn slots_move_on_small_pages() {
-    moves(PAGE_4K, 50);
+    moves(PAGE_4K, 50, false);
+}
+
+#[test]
+fn slots_move_while_they_get_their_memory() {
+    moves(PAGE_4K, 16, true);
+    moves(PAGE_2M, 4, true);
+}
+
+#[test]
+fn slots_lie_ready_for_the_first_pass_and_make_way_for_another() {
+    let (windows, plan) = plan_of(PAGE_2M, 2, &[1, 1, 1, 1], 2);
+    let options = PoolOptions {
+        fill_behind: true,
+        ..PoolOptions::default()
+    };
+    let mut pool = Pool::new(Arc::clone(&windows), &plan, Backing::Private, &options).unwrap();
+    let place = |layer: usize| window_address(&windows, &plan, &run_of(&plan, layer));
+    let ready = |layer: usize| writable(place(layer));
+    assert_eq!([0, 1, 2, 3].map(ready), [true, true, false, false]);
+    // The other slot, the other layer, and one that nothing was laid out for: each is where it was aimed, and only there.
+    pool.aim(1, &run_of(&plan, 0)).unwrap();
+    assert_eq!([0, 1, 2, 3].map(ready), [true, false, false, false]);
+    pool.aim(0, &run_of(&plan, 3)).unwrap();
+    assert_eq!([0, 1, 2, 3].map(ready), [true, false, false, true]);
+    pool.publish(1).unwrap();
+    let clash = pool.aim(0, &run_of(&plan, 0)).unwrap_err();
+    assert_eq!(clash.kind(), ErrorKind::Invalid);
 }
 
 /// Huge pages are what private pools are for: where the machine gives them at all, they must come.

@@ -22,6 +22,7 @@ use super::fresh::Fresh;
 use super::host::{self, Protection};
 use super::pool::{Geometry, PoolOptions, check_disjoint, find_resident};
 use super::report::{PageProbe, PageSource, ProbeData};
+use super::slot::{Aim, Piece, Slot};
 use super::window::Windows;
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::{ExpertPlan, PageRun, Plan};
@@ -46,34 +47,6 @@ pub(super) struct Private {
     behind: Option<FillBehind>,
     /// Last: the windows outlive what was mapped into them.
     windows: Arc<Windows>,
-}
-
-/// A fixed part of the pool. See the module's head.
-#[derive(Debug)]
-struct Slot {
-    /// Where its page 0 is parked.
-    parking: usize,
-    /// How many pages it has.
-    page_count: u64,
-    pieces: Vec<Piece>,
-    aimed: Option<Aim>,
-    quarantined: bool,
-}
-
-/// Pages of a slot that lie in one mapping.
-#[derive(Debug, Clone, Copy)]
-struct Piece {
-    first_page: u64,
-    page_count: u64,
-    address: usize,
-}
-
-/// What a slot serves.
-#[derive(Debug, Clone, Copy)]
-struct Aim {
-    address: usize,
-    len: usize,
-    shard_index: u32,
 }
 
 impl Private {
@@ -127,6 +100,9 @@ impl Private {
         )?;
         store.make_slots(plan, &mut fill, options.fill_behind)?;
         store.make_resident(plan, &mut fill, options.fill_behind)?;
+        if options.fill_behind {
+            store.fill_behind(plan)?;
+        }
         let probe = store.probe(pool_bytes, fill);
         Ok((store, probe))
     }
@@ -135,7 +111,7 @@ impl Private {
         self.geometry
     }
 
-    /// The slots, parked. `behind`: those of experts get their memory later.
+    /// The slots, parked. `behind`: they get their memory later.
     fn make_slots(&mut self, plan: &Plan, fill: &mut Fill<'_>, behind: bool) -> Result<()> {
         let ring_len = host::to_usize(self.geometry.ring_bytes())?;
         let cache_len = host::to_usize(plan.cache_bytes())?;
@@ -148,7 +124,9 @@ impl Private {
         // SAFETY: reserved just now; nobody else knows the range.
         unsafe {
             host::protect(base, len, Protection::ReadWrite)?;
-            if ring_len > 0 {
+            if ring_len > 0 && behind {
+                fill.range_later(base, ring_len)?;
+            } else if ring_len > 0 {
                 fill.range(base, ring_len, true)?;
             }
             if cache_len > 0 {
@@ -198,6 +176,7 @@ impl Private {
             page_count,
             pieces,
             aimed: None,
+            unused: false,
             quarantined: false,
         });
         address + self.geometry.bytes(page_count)
@@ -205,7 +184,6 @@ impl Private {
 
     /// Resident pages, in place and writable.
     fn make_resident(&mut self, plan: &Plan, fill: &mut Fill<'_>, behind: bool) -> Result<()> {
-        let mut later = Vec::new();
         for run in &plan.resident {
             let (address, len) = self.geometry.place(&self.windows, run)?;
             // Remembered first, so that a failure half way is undone by drop.
@@ -215,15 +193,34 @@ impl Private {
                 host::protect(address, len, Protection::ReadWrite)?;
                 if behind {
                     fill.range_later(address, len)?;
-                    later.push((address, len));
                 } else {
                     fill.range(address, len, true)?;
                 }
             }
         }
-        if !later.is_empty() {
-            // SAFETY: the places of resident pages, writable until they are published; drop joins before it frees them.
-            self.behind = Some(unsafe { FillBehind::begin(later)? });
+        Ok(())
+    }
+
+    /// Lets the ring's slots lie where the first pass wants them, and begins to give everything its memory in the order in
+    /// which that pass reads it: clearing the slots alone would put the first token off by half a second.
+    fn fill_behind(&mut self, plan: &Plan) -> Result<()> {
+        let transient = plan.layers.iter().filter_map(|layer| layer.transient);
+        let first: Vec<PageRun> = transient.take(self.geometry.slots_count as usize).collect();
+        for (slot, run) in (0..).zip(&first) {
+            self.aim(slot, run)?;
+            self.slots[slot as usize].unused = true;
+        }
+        let mut runs = [first.as_slice(), self.resident.as_slice()].concat();
+        runs.sort_unstable();
+        let places = runs
+            .iter()
+            .map(|run| self.geometry.place(&self.windows, run))
+            .collect::<Result<Vec<_>>>()?;
+        if !places.is_empty() {
+            let hurry_bytes = host::to_usize(self.geometry.ring_bytes())?;
+            // SAFETY: places in our windows, mapped until drop, which joins; writable until their bytes have been read. A slot
+            // that has moved on leaves its place without access.
+            self.behind = Some(unsafe { FillBehind::begin(&places, hurry_bytes)? });
         }
         Ok(())
     }
@@ -253,6 +250,7 @@ impl Private {
 
     pub(super) fn aim(&mut self, slot: u32, run: &PageRun) -> Result<*mut u8> {
         let (address, len) = self.geometry.place(&self.windows, run)?;
+        self.park_unused(slot, address, len)?;
         self.check_free_place(slot, run, address, len)?;
         self.clear_place(slot, address)?;
         let geometry = self.geometry;
@@ -284,10 +282,25 @@ impl Private {
         // SAFETY: the run's pages lie there now; no lease is out on it (the caller's part).
         unsafe { host::protect(address, len, Protection::ReadWrite)? };
         slot.aimed = Some(aim);
+        slot.unused = false;
         if of_expert {
             self.places.insert(address, index);
         }
         Ok(address as *mut u8)
+    }
+
+    /// Parks slots that were laid here when the pool was made, and that the first pass does not use here.
+    fn park_unused(&mut self, slot: u32, address: usize, len: usize) -> Result<()> {
+        let geometry = self.geometry;
+        let ring = &mut self.slots[..geometry.slots_count as usize];
+        for (_, other) in (0..).zip(ring).filter(|(index, _)| *index != slot) {
+            if other.unused && other.touches(&geometry, address, len) {
+                other.unused = false;
+                other.aimed = None;
+                other.lay_out(&geometry, address, 0)?;
+            }
+        }
+        Ok(())
     }
 
     /// Parks the slot of experts that still lies where `slot` goes: it was given to another unit and not aimed there yet.
@@ -416,75 +429,6 @@ impl Private {
         self.resident_kept = true;
         for run in &self.resident {
             self.windows.keep(run.shard_index);
-        }
-    }
-}
-
-impl Slot {
-    /// True when a piece of it lies in the range.
-    fn touches(&self, geometry: &Geometry, address: usize, len: usize) -> bool {
-        self.pieces.iter().any(|piece| {
-            piece.address < address + len
-                && address < piece.address + geometry.bytes(piece.page_count)
-        })
-    }
-
-    /// Moves the first `page_count` pages to `place` and the others to the parking range.
-    fn lay_out(&mut self, geometry: &Geometry, place: usize, page_count: u64) -> Result<()> {
-        self.cut(geometry, page_count);
-        let parking = self.parking;
-        let goal = |piece: &Piece| {
-            let base = if piece.first_page < page_count {
-                place
-            } else {
-                parking
-            };
-            base + geometry.bytes(piece.first_page)
-        };
-        let home = |piece: &Piece| parking + geometry.bytes(piece.first_page);
-        for piece in &self.pieces {
-            if piece.address != goal(piece) && piece.address != home(piece) {
-                // SAFETY: the slot's own pages, with no lease and no read on them (the caller's part).
-                unsafe {
-                    host::protect(
-                        piece.address,
-                        geometry.bytes(piece.page_count),
-                        Protection::None,
-                    )?;
-                }
-            }
-        }
-        for piece in &mut self.pieces {
-            let (from, to) = (piece.address, goal(piece));
-            if from == to {
-                continue;
-            }
-            let len = geometry.bytes(piece.page_count);
-            // SAFETY: both ranges are the slot's: its pages and the place that check_free_place found empty, or its own
-            // parking; they do not overlap, and no read is in flight (the caller's part).
-            unsafe {
-                host::move_pages(from, to, len)?;
-                piece.address = to;
-                host::reserve_fixed(from, len)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Makes page `at` the first of a piece. Half a mapping lies in one mapping too.
-    fn cut(&mut self, geometry: &Geometry, at: u64) {
-        let inside =
-            |piece: &Piece| piece.first_page < at && at < piece.first_page + piece.page_count;
-        if let Some(index) = self.pieces.iter().position(inside) {
-            let piece = &mut self.pieces[index];
-            let keep = at - piece.first_page;
-            let rest = Piece {
-                first_page: at,
-                page_count: piece.page_count - keep,
-                address: piece.address + geometry.bytes(keep),
-            };
-            piece.page_count = keep;
-            self.pieces.insert(index + 1, rest);
         }
     }
 }
