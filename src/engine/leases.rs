@@ -81,10 +81,12 @@ impl Leases {
                 format!("layer {layer} is released but nobody acquired it"),
             ));
         };
-        self.list[index].count -= 1;
-        let last = self.list[index].count == 0;
+        // Not counted down to 0 first: reading a lease whole right after writing a part of it stalls the processor.
+        let last = self.list[index].count == 1;
         if last {
             self.list.swap_remove(index);
+        } else {
+            self.list[index].count -= 1;
         }
         Ok(last)
     }
