@@ -2,7 +2,8 @@
 // those experts are leased, and the graph goes on.
 //
 // All operations of a layer that follow the same ids (gate, up, down) are served by one lease where the cache has room for
-// it, so that their reads are in flight together. Where it has not, as for the many experts that a long prompt needs, each
+// it, so that their reads are in flight together; what is missing for the last of them still arrives while the others are
+// computed. Where it has not, as for the many experts that a long prompt needs, each
 // operation is computed in groups of experts: the rows of a group are copied out, multiplied, and copied back. The CPU
 // backend multiplies the rows of one expert at a time, and all rows of an expert are in one group, so the result is the same
 // to the last bit.
@@ -48,7 +49,7 @@ int next_routed(ggml_cgraph * graph, int begin, int end) {
     return i;
 }
 
-// Calls visit(node) for the operations in [begin, end) that follow the ids which the one at `begin` follows; ends where other
+// Calls visit(index) for the operations in [begin, end) that follow the ids which the one at `begin` follows; ends where other
 // ids are followed, and returns where that is.
 template <typename Visit> int visit_routed(ggml_cgraph * graph, int begin, int end, Visit visit) {
     const ggml_tensor * first = ggml_graph_node(graph, begin);
@@ -57,7 +58,7 @@ template <typename Visit> int visit_routed(ggml_cgraph * graph, int begin, int e
         const ggml_tensor * node = ggml_graph_node(graph, i);
         if (!routed_weight(node)) { continue; }
         if (node->src[2] != first->src[2] || node->src[0]->ne[2] != first->src[0]->ne[2]) { break; }
-        visit(node);
+        visit(i);
     }
     return i;
 }
@@ -72,7 +73,14 @@ class ExpertLease {
 
     std::vector<flea_range> ranges;  // fill, then take
 
-    // FLEA_E_REFUSED: they do not fit into the cache together.
+    // Has what is missing read. FLEA_OK: nothing is, and all of them are leased. FLEA_E_REFUSED: they do not fit into the cache
+    // together.
+    int32_t ask() {
+        const int32_t status = flea_acquire_ranges(model_->handle, ranges.data(), ranges.size(), 0);
+        held_ = status == FLEA_OK;
+        return status;
+    }
+
     int32_t take(const Stream & stream) {
         const auto start = std::chrono::steady_clock::now();
         for (;;) {
@@ -265,8 +273,8 @@ void tell_next(Stream & stream, ggml_cgraph * graph, int from, const std::vector
     const ggml_tensor * node = ggml_graph_node(graph, next);
     if (std::min(even_share(node), stream.chosen_share) < whole_layer_share) { return; }
     stream.ahead = now;
-    visit_routed(graph, next, count, [&](const ggml_tensor * other) {
-        const Weight * weight = routed_weight(other);
+    visit_routed(graph, next, count, [&](int index) {
+        const Weight * weight = routed_weight(ggml_graph_node(graph, index));
         stream.ahead.push_back({ weight->data, weight->bytes });
     });
     stream.hinted = routed_weight(node)->model;
@@ -281,8 +289,8 @@ void tell_guess(Stream & stream, ggml_cgraph * graph, int from, const ggml_tenso
     const int next = stream.guesses_experts ? next_routed(graph, from, count) : count;
     if (next == count || !guess_choice(stream, ids, ggml_graph_node(graph, next)->src[2])) { return; }
     stream.ahead.clear();
-    visit_routed(graph, next, count, [&](const ggml_tensor * other) {
-        for (const int32_t expert : stream.guess) { stream.ahead.push_back(range_of(other, expert)); }
+    visit_routed(graph, next, count, [&](int index) {
+        for (const int32_t expert : stream.guess) { stream.ahead.push_back(range_of(ggml_graph_node(graph, index), expert)); }
     });
     stream.hinted = routed_weight(ggml_graph_node(graph, next))->model;
     if (flea_hint_ranges(stream.hinted->handle, stream.ahead.data(), stream.ahead.size()) != FLEA_OK) {
@@ -294,6 +302,25 @@ void tell_guess(Stream & stream, ggml_cgraph * graph, int from, const ggml_tenso
 void note_choice(Stream & stream, const ggml_tensor * node, size_t chosen_count) {
     if (even_share(node) < whole_layer_share) { return; }
     stream.chosen_share = (double) chosen_count / (double) node->src[0]->ne[2];
+}
+
+// ---- all at once
+
+// An operation, and where its ranges begin among those of all that follow the same ids.
+struct Last { int index; size_t first_range; };
+
+// Computes what comes before the last operation. After it the lease is to be taken for the last one.
+ggml_status compute_before(Stream & stream, ggml_cgraph * graph, int begin, const Last & last, ExpertLease & lease, int32_t * status) {
+    std::vector<flea_range> rest(lease.ranges.begin() + (ptrdiff_t) last.first_range, lease.ranges.end());
+    lease.ranges.resize(last.first_range);
+    *status = lease.take(stream);
+    if (*status != FLEA_OK) { return GGML_STATUS_FAILED; }
+    const ggml_status computed = compute_nodes(stream, graph, begin, last.index);
+    // Before more is waited for: two threads that keep some could wait for each other.
+    lease.release();
+    lease.ranges = std::move(rest);
+    *status = FLEA_E_AGAIN;
+    return computed;
 }
 
 }  // namespace
@@ -323,17 +350,26 @@ ggml_status compute_routed(Stream & stream, ggml_cgraph * graph, const Step & st
 
         // Everything that follows the same ids, up to where others are needed.
         ExpertLease lease(step.model);
-        const int end = visit_routed(graph, routed, step.end, [&](const ggml_tensor * other) {
-            for (const int32_t expert : experts) { lease.ranges.push_back(range_of(other, expert)); }
+        Last last { routed, 0 };
+        const int end = visit_routed(graph, routed, step.end, [&](int index) {
+            last = { index, lease.ranges.size() };
+            for (const int32_t expert : experts) { lease.ranges.push_back(range_of(ggml_graph_node(graph, index), expert)); }
         });
         judge_guess(stream, node->src[2], experts);
         note_choice(stream, node, experts.size());
         tell_next(stream, graph, end, lease.ranges);
         // The last layer of a batch of which nobody wants a result has no rows.
-        *status = experts.empty() ? FLEA_OK : lease.take(stream);
+        *status = experts.empty() ? FLEA_OK : lease.ask();
+        const bool has_room = *status != FLEA_E_REFUSED;
+        const int begin = *status == FLEA_OK || !has_room ? routed : last.index;
+        if (begin > routed) {
+            computed = compute_before(stream, graph, routed, last, lease, status);
+            if (computed != GGML_STATUS_SUCCESS) { return computed; }
+        }
+        if (*status != FLEA_OK && has_room) { *status = lease.take(stream); }
         if (*status == FLEA_OK) {
             tell_guess(stream, graph, end, node->src[2]);
-            computed = compute_nodes(stream, graph, routed, end);
+            computed = compute_nodes(stream, graph, begin, end);
             at = end;
         } else if (*status == FLEA_E_REFUSED) {
             // Not even one layer's fit: what is read ahead would only be in the way of the groups.

@@ -51,6 +51,8 @@ pub(super) struct Experts {
     held: HashMap<u64, u32>,
     /// Units to be read, in the order they were asked for.
     queue: VecDeque<u32>,
+    /// Per unit: an acquire has missed it and gave up waiting. The next one that leases it is the same question.
+    asked: Vec<bool>,
     /// What the last attempt to read a unit said.
     pub(super) errors: HashMap<u32, Error>,
     /// Units that will be leased soon.
@@ -91,6 +93,7 @@ impl Experts {
         Some(Self {
             classes,
             leases: vec![0; places.len()],
+            asked: vec![false; places.len()],
             ahead: Ahead::new(places.len()),
             places,
             held: HashMap::with_capacity(64),
@@ -165,15 +168,35 @@ impl State {
         if experts.ahead.leased(unit) {
             experts.unpin(unit);
         }
+        let asked = &mut experts.asked[unit as usize];
         if self.fetches[fetch].phase != Phase::Absent {
-            experts.counts.hits += 1;
+            experts.counts.hits += u64::from(!*asked);
             return;
         }
+        *asked = true;
         experts.counts.misses += 1;
         experts.counts.bytes += self.layout.fetches[fetch].len_bytes;
         experts.errors.remove(&unit);
         experts.queue.push_back(unit);
         self.begin_unit(unit);
+    }
+
+    /// An acquire of these units has got them.
+    pub(super) fn forget_asked(&mut self, units: &[u32]) {
+        if let Some(experts) = &mut self.experts {
+            for &unit in units {
+                experts.asked[unit as usize] = false;
+            }
+        }
+    }
+
+    /// An acquire of these units gave up: what it found in memory is counted when they are leased.
+    pub(super) fn uncount(&mut self, units: &[u32]) {
+        if let Some(experts) = &mut self.experts {
+            let found = units.iter().filter(|unit| !experts.asked[**unit as usize]);
+            experts.counts.hits -= found.count() as u64;
+            experts.counts.calls -= 1;
+        }
     }
 
     /// Marks a unit that has a slot as being read.
@@ -233,6 +256,7 @@ impl State {
             Admission::Evicted(victim) => {
                 let victim = cache.units[victim as usize];
                 let fetch = (first_unit + victim) as usize;
+                experts.asked[victim as usize] = false;
                 if experts.ahead.evicted(victim) {
                     experts.counts.unused_bytes += self.layout.fetches[fetch].len_bytes;
                 }

@@ -23,7 +23,31 @@ pub const RANGES_MAX: usize = 1 << 16;
 #[derive(Debug, Default)]
 struct Wanted {
     layers: Vec<(u32, Need)>,
+    /// Each once, in the order of the ranges: so they are read.
     units: Vec<u32>,
+    /// Per unit: the last call that wanted it.
+    calls: Vec<u64>,
+    call: u64,
+}
+
+impl Wanted {
+    fn clear(&mut self) {
+        self.layers.clear();
+        self.units.clear();
+        self.call += 1;
+    }
+
+    fn add_units(&mut self, units: Range<u32>) {
+        if self.calls.len() < units.end as usize {
+            self.calls.resize(units.end as usize, 0);
+        }
+        for unit in units {
+            let call = std::mem::replace(&mut self.calls[unit as usize], self.call);
+            if call != self.call {
+                self.units.push(unit);
+            }
+        }
+    }
 }
 
 thread_local!(static WANTED: RefCell<Wanted> = RefCell::default());
@@ -150,8 +174,7 @@ impl Model {
         ranges: &[(usize, usize)],
         wanted: &mut Wanted,
     ) -> Result<()> {
-        wanted.layers.clear();
-        wanted.units.clear();
+        wanted.clear();
         let layout = &running.layout;
         for &range in ranges {
             let layers = &mut wanted.layers;
@@ -160,14 +183,12 @@ impl Model {
                 Some(_) => layers.push((layer, Need::Whole)),
                 None => layers.push((layer, need)),
             })?;
-            wanted.units.extend(units_of(running, &extent));
+            wanted.add_units(units_of(running, &extent));
         }
         if layout.experts.is_some() {
             wanted.layers.sort_unstable_by_key(|(layer, _)| *layer);
             wanted.layers.dedup_by_key(|(layer, _)| *layer);
         }
-        wanted.units.sort_unstable();
-        wanted.units.dedup();
         Ok(())
     }
 
@@ -282,16 +303,24 @@ fn acquire_units(running: &Running, units: &[u32], deadline: Option<Instant>) ->
         state = sleep(running, state, deadline);
     }
     if state.units_ready(units) {
+        state.forget_asked(units);
         return Ok(());
     }
-    state.stalls += 1;
+    // Who only asks does not wait.
+    let waits = deadline.is_none_or(|at| at > begun);
+    state.stalls += u64::from(waits);
     let (mut state, arrived) = wait_for(running, state, units, deadline, begun);
-    state.count_stall(begun);
+    if waits {
+        state.count_stall(begun);
+    }
     if arrived.is_err() {
         state.release_units(units, thread)?;
+        state.uncount(units);
+    } else {
+        state.forget_asked(units);
     }
     drop(state);
-    if let Some(trace) = &running.core.hall.trace {
+    if let (Some(trace), true) = (&running.core.hall.trace, waits) {
         trace.waited(running.layout.units()[units[0] as usize].layer, begun);
     }
     arrived
