@@ -95,6 +95,8 @@ pub struct DecodeFigures {
     pub expert_misses: u64,
     /// Bytes read for them.
     pub expert_bytes_read: u64,
+    /// Time with reads in flight.
+    pub read_seconds: f64,
 }
 
 impl DecodeFigures {
@@ -104,6 +106,7 @@ impl DecodeFigures {
             expert_hits: now.experts.hits - before.experts.hits,
             expert_misses: now.experts.misses - before.experts.misses,
             expert_bytes_read: now.experts.bytes - before.experts.bytes,
+            read_seconds: (now.read_ns - before.read_ns) as f64 / 1e9,
         }
     }
 }

@@ -59,6 +59,7 @@ struct Answer<'a> {
     decode_expert_hits: u64,
     decode_expert_misses: u64,
     decode_expert_bytes_read: u64,
+    decode_read_seconds: f64,
     expert_guesses: u64,
     expert_guesses_right: u64,
 }
@@ -140,6 +141,7 @@ pub fn print_answer(session: &Session, generation: &Generation, figures: &Figure
         decode_expert_hits: figures.decode.expert_hits,
         decode_expert_misses: figures.decode.expert_misses,
         decode_expert_bytes_read: figures.decode.expert_bytes_read,
+        decode_read_seconds: figures.decode.read_seconds,
         expert_guesses: figures.expert_guesses,
         expert_guesses_right: figures.expert_guesses_right,
     })

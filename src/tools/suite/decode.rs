@@ -68,21 +68,9 @@ fn run_flea(
     tokens: usize,
     memory: Option<u32>,
 ) -> Result<BTreeMap<&'static str, f64>> {
-    let mut command = lab.flea();
-    command.arg("run").arg(path);
-    command.args([
-        "--prompt-tokens",
-        &prompt(prompt_count),
-        "-n",
-        &tokens.to_string(),
-        "--ignore-eos",
-    ]);
-    command.args([
-        "--ctx",
-        CONTEXT_TOKENS,
-        "--threads",
-        &lab.options.threads_count.to_string(),
-    ]);
+    let mut command = lab.flea_run(path, CONTEXT_TOKENS);
+    command.args(["--prompt-tokens", &prompt(prompt_count)]);
+    command.args(["-n", &tokens.to_string()]);
     match memory {
         Some(percent) => {
             cached::make_cold(path)?;

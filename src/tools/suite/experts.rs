@@ -5,17 +5,19 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use super::blank;
 use super::cgroup::Cgroup;
 use super::decode::{RESIDENT, figures, make_warm, prompt};
-use super::lab::{Case, Lab, RoundLine, Run, find, number};
+use super::fio::Shape;
+use super::lab::{Case, Lab, RoundLine, Run, find, number, touch_memory};
 use super::machine::queue_of;
 use super::peers::{CHARGED_BESIDES_BYTES, MMAP, PEER_LIMIT, label, llama_cpp, read_ahead_name};
 use super::report::{Book, CaseReport, Spec};
 use super::settings::Setting;
 use super::stat::Goal;
+use super::{blank, file_bytes};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::cached;
+use crate::units::PAGE_4K;
 
 /// One ubatch of llama.cpp.
 const PROMPT: usize = 512;
@@ -49,26 +51,17 @@ pub fn has_experts(path: &Path) -> Result<bool> {
 impl Experts {
     /// `limit_bytes`: of its cgroup; `None` for all weights in memory, without flea.
     fn flea(&self, lab: &Lab<'_>, limit_bytes: Option<u64>) -> Result<BTreeMap<&'static str, f64>> {
-        let mut command = lab.flea();
-        command.arg("run").arg(&self.path).args([
-            "--prompt-tokens",
-            &prompt(PROMPT),
-            "-n",
-            &FLEA_TOKENS.to_string(),
-            "--ignore-eos",
-        ]);
-        command.args([
-            "--ctx",
-            CONTEXT_TOKENS,
-            "--threads",
-            &lab.options.threads_count.to_string(),
-        ]);
+        let mut command = lab.flea_run(&self.path, CONTEXT_TOKENS);
+        command.args(["--prompt-tokens", &prompt(PROMPT)]);
+        command.args(["-n", &FLEA_TOKENS.to_string()]);
         let Some(limit_bytes) = limit_bytes else {
+            touch_memory(file_bytes(&self.path)?)?;
             make_warm(&self.path)?;
             let (answer, _) = lab.flea_json(command.arg("--no-stream"))?;
             return figures(&answer, FLEA_TOKENS);
         };
         cached::make_cold(&self.path)?;
+        touch_memory(limit_bytes)?;
         let group = Cgroup::new("suite", limit_bytes)?;
         let memory_bytes = limit_bytes.saturating_sub(CHARGED_BESIDES_BYTES);
         command.args(["--memory", &memory_bytes.to_string()]);
@@ -79,6 +72,13 @@ impl Experts {
         let each = number(&answer, "expert_bytes_read")? / number(&answer, "expert_misses")?;
         if missed > 0.0 {
             figures.insert("of_misses", read / (missed * each));
+            figures.insert("expert_bytes", each);
+            // The prompt is one pass like each token, with as many cuts.
+            let passes = FLEA_TOKENS as f64;
+            let cuts = number(&answer, "expert_cuts")? / passes * (passes - 1.0);
+            figures.insert("missed_at_once", missed / cuts);
+            let seconds = number(&answer, "decode_read_seconds")?;
+            figures.insert("miss_rate", read / 1e9 / seconds);
         }
         figures.insert("token_bytes", read / (FLEA_TOKENS - 1) as f64);
         figures.insert(
@@ -88,8 +88,20 @@ impl Experts {
         Ok(figures)
     }
 
+    /// fio with requests of an expert's length, as many in flight as flea misses at once.
+    fn fio_line(lab: &mut Lab<'_>, run: &mut Run) -> Result<()> {
+        if let (Some(bytes), Some(count)) = (run.get("expert_bytes"), run.get("missed_at_once")) {
+            let request_bytes = (bytes as u64).next_multiple_of(PAGE_4K);
+            let shape = Shape::new(request_bytes, count.round().max(1.0) as u32);
+            let line = lab.fio.random_line(shape, lab.stop)?;
+            run.figures.insert("fio_rate", line.gb_per_second);
+        }
+        Ok(())
+    }
+
     fn peer(&self, lab: &Lab<'_>, limit_bytes: u64) -> Result<BTreeMap<&'static str, f64>> {
         cached::make_cold(&self.path)?;
+        touch_memory(limit_bytes)?;
         let group = Cgroup::new("suite", limit_bytes)?;
         let mut command = llama_cpp(lab, "llama-bench")?;
         command
@@ -149,7 +161,9 @@ impl Case for Experts {
                 "A prompt of 512 tokens and tokens after it, each alone in a memory cgroup limited to that share of the model \
                  file, page cache cold (proven by mincore) before each; flea gets the limit less 48 MiB as --memory, llama.cpp \
                  is llama-bench with mmap. Of resident: of the prompt's rate with all weights in memory, which no way of \
-                 reading can pass. Read to misses: bytes read while decoding against those of the experts that were missing.",
+                 reading can pass. Read to misses: bytes read while decoding against those of the experts that were missing. Of fio, \
+                 same reads: their rate while any was in flight against random reads of fio, as long as an expert's and as many \
+                 in flight as are missing at once.",
                 &self.path,
             )
         }
@@ -159,14 +173,16 @@ impl Case for Experts {
         let context = || format!("{} is on no block device", self.path.display());
         let queue =
             queue_of(&self.path).ok_or_else(|| Error::new(ErrorKind::Unsupported, context()))?;
-        let model_bytes = super::file_bytes(&self.path)?;
+        let model_bytes = file_bytes(&self.path)?;
         let kib = self.read_ahead_kib.to_string();
         let _setting = Setting::set(&queue.join("read_ahead_kb"), &kib)?;
         let mut runs = Vec::new();
         for &limit in &self.limits {
             let limit_bytes = model_bytes / 100 * u64::from(limit);
             let flea = self.flea(lab, Some(limit_bytes));
-            runs.push(Run::of(label("flea", limit), flea)?);
+            let mut flea = Run::of(label("flea", limit), flea)?;
+            Self::fio_line(lab, &mut flea)?;
+            runs.push(flea);
             (lab.say)(&label(MMAP, limit));
             runs.push(Run::of(label(MMAP, limit), self.peer(lab, limit_bytes))?);
         }
@@ -190,6 +206,11 @@ impl Case for Experts {
             if let Some(value) = run.get("of_misses") {
                 let spec = Spec::figure("read to misses", 3).goal(Goal::AtMost(1.05));
                 book.add(&run.label, spec, value);
+            }
+            if let (Some(ours), Some(fio)) = (run.get("miss_rate"), run.get("fio_rate")) {
+                book.add(&run.label, Spec::figure("misses GB/s", 3), ours);
+                let spec = Spec::ratio("of fio, same reads").goal(Goal::AtLeast(0.85));
+                book.add(&run.label, spec, ours / fio);
             }
         }
         for &limit in &self.limits {

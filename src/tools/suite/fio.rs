@@ -32,7 +32,9 @@ pub struct Shape {
 }
 
 impl Shape {
-    const fn new(request_bytes: u64, depth: u32) -> Self {
+    /// `depth` requests of `request_bytes`.
+    #[must_use]
+    pub const fn new(request_bytes: u64, depth: u32) -> Self {
         Self {
             request_bytes,
             depth,
@@ -123,22 +125,34 @@ impl Fio {
         (fio, refusal)
     }
 
-    /// One line.
+    /// One line, from one end of the file to the other.
     ///
     /// # Errors
     /// `NotFound` without fio, `Io` when it fails or answers nonsense, `Canceled`.
     pub fn line(&mut self, shape: Shape, stop: &AtomicBool) -> Result<Line> {
+        self.line_in("read", shape, stop)
+    }
+
+    /// One line of requests all over the file.
+    ///
+    /// # Errors
+    /// Those of [`Fio::line`].
+    pub fn random_line(&mut self, shape: Shape, stop: &AtomicBool) -> Result<Line> {
+        self.line_in("randread", shape, stop)
+    }
+
+    fn line_in(&mut self, order: &str, shape: Shape, stop: &AtomicBool) -> Result<Line> {
         self.turn += 1;
         let mut command = Command::new("fio");
         command
             .args([
                 "--name=line",
                 "--readonly",
-                "--rw=read",
                 "--direct=1",
                 "--ioengine=io_uring",
             ])
             .args(["--time_based", "--output-format=json"])
+            .arg(format!("--rw={order}"))
             .arg(format!("--filename={}", self.path.display()))
             .arg(format!("--bs={}", shape.request_bytes))
             .arg(format!("--iodepth={}", shape.depth))

@@ -5,7 +5,7 @@
 //! there are rounds, and the report says how often); what was measured before an interruption stays.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -247,6 +247,18 @@ impl Lab<'_> {
                 command.env_remove(name);
             }
         }
+        command
+    }
+
+    /// `flea run` of a model in `context_tokens`, that never ends before its time.
+    #[must_use]
+    pub fn flea_run(&self, path: &Path, context_tokens: &str) -> Command {
+        let mut command = self.flea();
+        command
+            .arg("run")
+            .arg(path)
+            .args(["--ignore-eos", "--ctx", context_tokens, "--threads"])
+            .arg(self.options.threads_count.to_string());
         command
     }
 

@@ -98,20 +98,8 @@ impl Limited {
         cached::make_cold(&self.path)?;
         let group = Cgroup::new("suite", limit_bytes)?;
         let memory_bytes = limit_bytes.saturating_sub(CHARGED_BESIDES_BYTES);
-        let mut command = lab.flea();
-        command.arg("run").arg(&self.path).args([
-            "-p",
-            PROMPT,
-            "-n",
-            &FLEA_TOKENS.to_string(),
-            "--ignore-eos",
-        ]);
-        command.args([
-            "--ctx",
-            CONTEXT_TOKENS,
-            "--threads",
-            &lab.options.threads_count.to_string(),
-        ]);
+        let mut command = lab.flea_run(&self.path, CONTEXT_TOKENS);
+        command.args(["-p", PROMPT, "-n", &FLEA_TOKENS.to_string()]);
         command.args(["--memory", &memory_bytes.to_string()]);
         let (answer, _) = lab.flea_json(&mut group.wrap(&command))?;
         let mut figures = figures(&answer, FLEA_TOKENS)?;
