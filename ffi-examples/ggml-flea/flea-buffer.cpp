@@ -330,8 +330,9 @@ void note(const ggml_tensor * tensor, size_t bytes) {
         return;
     }
     bool serves = false;
-    const bool is_streamed = is_weight_name(tensor->name) && try_weight(tensor, tensor, 0, &serves) == Match::streamed;
-    asked.push_back({ bytes, is_streamed });
+    const Match match = is_weight_name(tensor->name) ? try_weight(tensor, tensor, 0, &serves) : Match::other;
+    // What is refused has to come to init_tensor, which makes the load fail, and not whole into the GPU's memory.
+    asked.push_back({ bytes, match == Match::streamed || match == Match::refused });
 }
 
 // True when a buffer of that size is for tensors of which some are streamed: the last ones that fill it.

@@ -35,7 +35,7 @@ constexpr std::chrono::seconds busy_limit { 120 };
 bool can_cut_rows(const ggml_tensor * node, const Weight * weight) {
     const ggml_tensor * matrix = node->src[0];
     // ggml-cuda reads quantised rows in steps of 512, past the last one of a band: what lies there has to be numbers.
-    if (wants_gpu() && ggml_is_quantized(matrix->type) && matrix->ne[0] % 512 != 0) { return false; }
+    if (wants_gpu() && ((ggml_is_quantized(matrix->type) && matrix->ne[0] % 512 != 0) || node->ne[2] != 1 || node->ne[3] != 1)) { return false; }
     return node->op == GGML_OP_MUL_MAT && weight_of(matrix) == weight && matrix->data == weight->data && matrix->ne[2] == 1 &&
            matrix->ne[3] == 1 && ggml_nbytes(matrix) == weight->bytes;
 }
@@ -155,6 +155,35 @@ void forget_order(const Stream & stream) {
 
 // ---- computing
 
+// The same operation on a band of rows of its matrix: strides of the result stay, so each band lands in its place. On a GPU
+// one column of the result at a time, for cuBLAS writes none whose columns lie apart: the band is read again for each, but it is
+// in VRAM by then.
+struct Bands {
+    ggml_tensor matrix;
+    std::vector<ggml_tensor> inputs;
+    std::vector<ggml_tensor> results;
+    std::vector<ggml_tensor *> nodes;
+
+    Bands(const ggml_tensor * node, int64_t first, int64_t end)
+        : matrix(*node->src[0]), inputs(gpu() ? (size_t) node->ne[1] : 1, *node->src[1]), results(inputs.size(), *node) {
+        matrix.data  = (char *) matrix.data + first * (int64_t) matrix.nb[1];
+        matrix.ne[1] = end - first;
+        matrix.nb[2] = matrix.nb[3] = matrix.nb[1] * (size_t) matrix.ne[1];
+        for (size_t column = 0; column < results.size(); ++column) {
+            ggml_tensor & result = results[column];
+            result.data  = (char *) result.data + first * (int64_t) result.nb[0] + column * result.nb[1];
+            result.ne[0] = end - first;
+            result.src[0] = &matrix;
+            result.src[1] = &inputs[column];
+            inputs[column].data = (char *) inputs[column].data + column * inputs[column].nb[1];
+            if (results.size() > 1) { inputs[column].ne[1] = result.ne[1] = 1; }
+            nodes.push_back(&result);
+        }
+    }
+    Bands(const Bands &) = delete;
+    Bands & operator=(const Bands &) = delete;
+};
+
 ggml_status compute_cut(Stream & stream, ggml_cgraph * graph, const Step & step, Lease & lease, int32_t * status) {
     ggml_tensor * node = ggml_graph_node(graph, step.begin);
     const Weight * weight = weight_of(node->src[0]);
@@ -166,18 +195,10 @@ ggml_status compute_cut(Stream & stream, ggml_cgraph * graph, const Step & step,
         *status = lease.take(step.model, (uint32_t) layer, &stream);
         if (*status != FLEA_OK) { return GGML_STATUS_FAILED; }
 
-        // The same operation on a band of rows: strides of the result stay, so each band lands in its place.
-        ggml_tensor matrix = *node->src[0];
-        matrix.data  = (char *) matrix.data + first * (int64_t) matrix.nb[1];
-        matrix.ne[1] = end - first;
-        matrix.nb[2] = matrix.nb[3] = matrix.nb[1] * (size_t) matrix.ne[1];
-        ggml_tensor band = *node;
-        band.data   = (char *) band.data + first * (int64_t) band.nb[0];
-        band.ne[0]  = end - first;
-        band.src[0] = &matrix;
-        ggml_tensor * nodes[] = { &band };
+        Bands bands(node, first, end);
         ggml_cgraph piece = ggml_graph_view(graph, step.begin, step.end);
-        piece.nodes = nodes;
+        piece.nodes = bands.nodes.data();
+        piece.n_nodes = (int) bands.nodes.size();
         const ggml_status computed = compute_piece(stream, &piece);
         counters.pieces++;
         if (computed != GGML_STATUS_SUCCESS) { return computed; }
