@@ -132,7 +132,7 @@ mod on_gpu {
     extern "C" fn read_slowly(kernel: *mut c_void) {
         // SAFETY: the test keeps the kernel until it is done.
         let kernel = unsafe { &*kernel.cast::<Kernel>() };
-        std::thread::sleep(std::time::Duration::from_millis(100));
+        std::thread::sleep(std::time::Duration::from_secs(1));
         // SAFETY: leased memory of the fake GPU, which is mapped in this process.
         let bytes = unsafe { std::slice::from_raw_parts(kernel.at, kernel.expected.len()) };
         kernel

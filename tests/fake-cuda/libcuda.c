@@ -106,7 +106,7 @@ typedef struct Op {
   void *to;
   const void *from;
   void *staged; /* a copy of pageable memory */
-  bool to_device, from_device, begun;
+  bool to_device, from_device, begun, running;
   uint64_t due_ns;
   unsigned char value;
   size_t len;
