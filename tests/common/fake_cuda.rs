@@ -1,5 +1,7 @@
 //! The fake libcuda of tests/fake-cuda, compiled once, for programs that the tests start.
 
+#![allow(dead_code)]
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;

@@ -100,18 +100,20 @@ typedef struct Event {
   bool destroyed;
 } Event;
 
-typedef enum { COPY, SET, RECORD, WAIT } Kind;
+typedef enum { COPY, SET, RECORD, WAIT, HOST } Kind;
 typedef struct Op {
   Kind kind;
   void *to;
   const void *from;
   void *staged; /* a copy of pageable memory */
-  bool to_device, from_device, begun;
+  bool to_device, from_device, begun, running;
   uint64_t due_ns;
   unsigned char value;
   size_t len;
   Event *event;
   unsigned long serial;
+  void (*call)(void *);
+  void *argument;
   bool *done;
   struct Op *next;
 } Op;
@@ -235,8 +237,11 @@ static void end_copy(const Op *op) {
   }
 }
 
+static bool host_call(Op *op, uint64_t now);
+
 static void run(Stream *stream, uint64_t now) {
   Op *op = stream->head;
+  if (!host_call(op, now)) return;
   bool is_copy = op->kind == COPY || op->kind == SET;
   if (is_copy && !op->begun) {
     begin_copy(op, now);
@@ -780,3 +785,5 @@ CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t len, void *
   push(stream, (Op){.kind = SET, .to = (void *)(uintptr_t)to, .value = value, .len = len, .to_device = true});
   LEAVE();
 }
+
+#include "host_func.h"

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::less;
 use crate::engine::layout::Layout;
-use crate::engine::{BudgetSpec, Model, OpenOptions, Stats};
+use crate::engine::{BudgetReport, BudgetSpec, Model, OpenOptions, Stats};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::ShardFile;
 use crate::mem::Backing;
@@ -188,6 +188,10 @@ impl Source {
 
     pub(super) fn plan(&self) -> Option<&Plan> {
         self.model.plan()
+    }
+
+    pub(super) fn budget(&self) -> Option<BudgetReport> {
+        self.model.budget()
     }
 
     pub(super) fn stats(&self) -> Stats {
