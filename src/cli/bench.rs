@@ -10,7 +10,7 @@ use clap::{Args as ClapArgs, Subcommand};
 
 use super::table::Table;
 use super::trace::{self, TraceFile};
-use super::{bench_policies, bench_raw, bench_suite, values};
+use super::{bench_kernels, bench_policies, bench_raw, bench_suite, values};
 use crate::engine::{BudgetSpec, Latency, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::mirror::CopyStats;
@@ -35,6 +35,8 @@ enum What {
     Stream(StreamArgs),
     /// Find the drive's ceiling: the best sequential O_DIRECT read
     Raw(bench_raw::RawArgs),
+    /// Find the rates of the kernels on a GPU, each beside a copy in its memory
+    Kernels(bench_kernels::KernelsArgs),
     /// Hold what `flea plan` predicts against what `flea run` then does
     #[cfg(feature = "run")]
     Predict(super::bench_predict::PredictArgs),
@@ -178,6 +180,7 @@ pub fn command(args: &Args) -> Result<ExitCode> {
     match &args.what {
         What::Stream(args) => stream(args).map(|()| ExitCode::SUCCESS),
         What::Raw(args) => bench_raw::command(args).map(|()| ExitCode::SUCCESS),
+        What::Kernels(args) => bench_kernels::command(args).map(|()| ExitCode::SUCCESS),
         What::Policies(args) => bench_policies::command(args).map(|()| ExitCode::SUCCESS),
         What::Suite(args) => bench_suite::command(args),
         #[cfg(feature = "run")]

@@ -8,6 +8,7 @@ pub mod analyze;
 pub mod bench;
 #[cfg(feature = "cuda")]
 mod bench_gpu;
+mod bench_kernels;
 pub mod bench_policies;
 #[cfg(feature = "run")]
 pub mod bench_predict;

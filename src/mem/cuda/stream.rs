@@ -58,6 +58,11 @@ impl Stream {
         })
     }
 
+    /// The driver's handle.
+    pub(super) const fn raw(&self) -> CUstream {
+        self.raw
+    }
+
     /// Copies from host memory. Pinned memory is read when the copy runs.
     ///
     /// # Errors
