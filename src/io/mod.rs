@@ -16,6 +16,8 @@ mod filesystem;
 pub mod mapped;
 mod memory;
 pub mod mirror;
+#[cfg(any(feature = "cli", feature = "cuda"))]
+pub mod packed;
 mod pread;
 pub mod profile;
 mod request;

@@ -1,6 +1,7 @@
 //! Tests of compressing and restoring: the same bytes come back, whatever they are; damage is told and never written out.
 
 use super::*;
+use crate::io::packed as packed_file;
 use crate::tools::gguf_write::{Metadata, TensorInfo, Value, Writer as GgufWriter};
 use crate::tools::synth::shape::{Arch, Quant, Shape, Wish};
 use crate::tools::synth::{Spec, generate};
@@ -186,7 +187,7 @@ fn damage_anywhere_is_found() {
     let packed = directory.path().join("m.fleapack");
     run(&model, &packed).unwrap();
     let whole = std::fs::read(&packed).unwrap();
-    let parts = container::open(&ShardFile::open(&packed).unwrap())
+    let parts = packed_file::open(&ShardFile::open(&packed).unwrap())
         .unwrap()
         .parts;
     let back = directory.path().join("back.gguf");
@@ -234,13 +235,13 @@ fn a_directory_that_lies_is_refused() {
     let packed = directory.path().join("m.fleapack");
     run(&model, &packed).unwrap();
     let whole = std::fs::read(&packed).unwrap();
-    let honest = container::open(&ShardFile::open(&packed).unwrap()).unwrap();
+    let honest = packed_file::open(&ShardFile::open(&packed).unwrap()).unwrap();
     let coded = honest
         .parts
         .iter()
         .position(|part| part.coding == Coding::Tiles)
         .unwrap();
-    let lies: [fn(&mut container::Directory, usize); 9] = [
+    let lies: [fn(&mut packed_file::Directory, usize); 9] = [
         |directory, part| directory.parts[part].len_bytes += 2,
         |directory, part| directory.parts[part].len_bytes = 1 << 60,
         |directory, part| directory.parts[part].coded_bytes = u64::MAX,
@@ -258,7 +259,7 @@ fn a_directory_that_lies_is_refused() {
         let at = u64::from_le_bytes(whole[whole.len() - 32..][..8].try_into().unwrap());
         let mut bytes = whole[..at as usize].to_vec();
         bytes.extend(&text);
-        bytes.extend(container::trailer(at, &text));
+        bytes.extend(packed_file::trailer(at, &text));
         std::fs::write(&packed, bytes).unwrap();
         let error = restore(&packed, &directory.path().join("back.gguf")).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Format, "{index}: {error}");
