@@ -6,6 +6,7 @@
 
 pub mod analyze;
 pub mod bench;
+mod bench_gds;
 #[cfg(feature = "cuda")]
 mod bench_gpu;
 mod bench_kernels;

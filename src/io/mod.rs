@@ -13,6 +13,8 @@ pub mod cached;
 pub mod direct;
 pub mod fault;
 mod filesystem;
+#[cfg(feature = "cuda")]
+pub mod gds;
 pub mod mapped;
 mod memory;
 pub mod mirror;
@@ -60,6 +62,8 @@ pub enum ReaderKind {
     IoUring,
     /// pread threads.
     Pread,
+    /// cuFile, into the memory of a GPU; what it cannot be had for is read as with `Auto`.
+    Gds,
 }
 
 impl ReaderKind {
@@ -70,6 +74,7 @@ impl ReaderKind {
             Self::Auto => "auto",
             Self::IoUring => "io_uring",
             Self::Pread => "pread",
+            Self::Gds => "gds",
         }
     }
 }
@@ -88,8 +93,9 @@ impl FromStr for ReaderKind {
             "auto" => Ok(Self::Auto),
             "io_uring" | "io-uring" | "uring" => Ok(Self::IoUring),
             "pread" => Ok(Self::Pread),
+            "gds" => Ok(Self::Gds),
             _ => Err(format!(
-                "'{text}' is not a reader; write auto, io_uring or pread"
+                "'{text}' is not a reader; write auto, io_uring, pread or, with a GPU, gds"
             )),
         }
     }
@@ -245,7 +251,8 @@ impl Reader {
     /// with full length and wrong bytes after a short reply of the server; [`Reader::fallback`] then says why.
     ///
     /// # Errors
-    /// `Permission`, `Unsupported` or `NoMemory` where `IoUring` is asked for and not to be had; `Invalid` for a depth
+    /// `Permission`, `Unsupported` or `NoMemory` where `IoUring` is asked for and not to be had; `Unsupported` for `Gds`, which
+    /// is no reader of host memory; `Invalid` for a depth
     /// over [`DEPTH_MOST`] or an unknown fault.
     pub fn new(files: Arc<[ShardFile]>, options: &ReaderOptions) -> Result<Self> {
         Self::with_faults(files, options, Faults::from_env()?)
@@ -264,6 +271,10 @@ impl Reader {
         match options.kind {
             ReaderKind::Pread => setup.pread(None),
             ReaderKind::IoUring => setup.uring().map_err(|refused| refused.error),
+            ReaderKind::Gds => Err(Error::new(
+                ErrorKind::Unsupported,
+                "the reader gds reads into the memory of a GPU (--gpu); for host memory write auto, io_uring or pread",
+            )),
             ReaderKind::Auto => {
                 if let Some(fuse) = setup.files.iter().find(|file| file.is_fuse()) {
                     let reason = format!(

@@ -21,6 +21,21 @@ pub fn directory() -> &'static Path {
     })
 }
 
+/// A directory with the fake libcufile in it, too.
+pub fn directory_with_cufile() -> &'static Path {
+    static DIRECTORY: OnceLock<PathBuf> = OnceLock::new();
+    DIRECTORY.get_or_init(|| {
+        let directory = directory().with_extension("cufile");
+        compile::compile_cufile(&directory);
+        std::fs::copy(
+            self::directory().join("libcuda.so"),
+            directory.join("libcuda.so"),
+        )
+        .expect("copy");
+        directory
+    })
+}
+
 /// Gives a program the fake GPU, in the state that the variables say.
 pub fn with_gpu<'a>(command: &'a mut Command, state: &[(&str, &str)]) -> &'a mut Command {
     for (name, _) in std::env::vars_os() {

@@ -17,6 +17,22 @@ const KERNELS: [&str; 7] = [
     "-Wno-unused-function",
 ];
 
+/// Compiles the fake libcufile into `directory`.
+#[allow(dead_code)]
+pub(crate) fn compile_cufile(directory: &Path) {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake-cuda/libcufile.c");
+    std::fs::create_dir_all(directory).expect("a directory for the fake libcufile");
+    let mut linker = Command::new("cc");
+    linker
+        .args(COMMON)
+        .args(["-std=gnu11", "-shared", "-Wl,-soname,libcufile.so.0"]);
+    linker
+        .arg(source)
+        .arg("-o")
+        .arg(directory.join("libcufile.so.0"));
+    run(&mut linker);
+}
+
 /// Compiles the library into `directory`, which is made. Its name inside is the first that the bindings ask for, so that a
 /// driver of this machine does not come before it.
 pub(crate) fn compile(directory: &Path) -> PathBuf {

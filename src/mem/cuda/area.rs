@@ -7,10 +7,14 @@
 
 use std::sync::Arc;
 
+use cudarc::driver::sys;
+
 use super::context::Context;
+use super::driver::check;
 use super::memory::{Access, AddressRange, Vram, granularity_bytes};
 use super::stream::Stream;
 use crate::error::{Error, ErrorKind, Result};
+use crate::units::HumanBytes;
 
 /// VRAM with an address.
 #[derive(Debug)]
@@ -18,6 +22,14 @@ pub struct VramArea {
     // Unmapped before the memory is released.
     range: AddressRange,
     _memory: Vram,
+}
+
+/// VRAM as libraries know it, from cuMemAlloc: what cuFile may read into.
+#[derive(Debug)]
+pub struct DeviceArea {
+    at: u64,
+    len_bytes: u64,
+    context: Arc<Context>,
 }
 
 /// Bytes of VRAM.
@@ -57,6 +69,53 @@ impl VramArea {
             offset_bytes,
             len_bytes,
         )
+    }
+}
+
+impl DeviceArea {
+    /// Takes `len_bytes`.
+    ///
+    /// # Errors
+    /// `NoMemory` when the GPU has not that much left; what the driver says.
+    pub fn new(context: &Arc<Context>, len_bytes: u64) -> Result<Self> {
+        context.enter()?;
+        let mut at = 0;
+        // SAFETY: the context is current; the call writes one address, freed in drop.
+        let code = unsafe { sys::cuMemAlloc_v2(&raw mut at, len_bytes.max(1) as usize) };
+        check(
+            code,
+            format_args!(
+                "take {} of VRAM on GPU {}",
+                HumanBytes(len_bytes),
+                context.index()
+            ),
+        )?;
+        Ok(Self {
+            at,
+            len_bytes: len_bytes.max(1),
+            context: Arc::clone(context),
+        })
+    }
+
+    /// All of it.
+    #[must_use]
+    pub const fn span(&self) -> Span {
+        Span {
+            at: self.at,
+            len_bytes: self.len_bytes,
+        }
+    }
+}
+
+impl Drop for DeviceArea {
+    fn drop(&mut self) {
+        let freed = self.context.enter().and_then(|()| {
+            // SAFETY: taken in new, freed once; who works in it waits for its work first.
+            check(unsafe { sys::cuMemFree_v2(self.at) }, "free VRAM")
+        });
+        if let Err(error) = freed {
+            log::debug!("GPU {}: {error}", self.context.index());
+        }
     }
 }
 

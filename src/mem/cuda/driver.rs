@@ -17,7 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 const VERSION_NEEDED: i32 = 11_040;
 
 /// Every function that is called.
-const FUNCTIONS: [&str; 40] = [
+const FUNCTIONS: [&str; 42] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGetCount",
@@ -31,6 +31,8 @@ const FUNCTIONS: [&str; 40] = [
     "cuMemGetInfo_v2",
     "cuGetErrorName",
     "cuMemGetAllocationGranularity",
+    "cuMemAlloc_v2",
+    "cuMemFree_v2",
     "cuMemCreate",
     "cuMemRelease",
     "cuMemAddressReserve",

@@ -22,7 +22,7 @@ pub mod readback;
 pub mod stage;
 pub mod stream;
 
-pub use area::{Span, VramArea};
+pub use area::{DeviceArea, Span, VramArea};
 pub use context::Context;
 pub use kernels::{Coded, Kernels, NO_DAMAGE, Narrow, Quantised};
 pub use pin::Pinned;
