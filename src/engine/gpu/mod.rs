@@ -10,7 +10,9 @@
 //! memory is released to the drive only when the copy out of it is done. Place in
 //! `file -> catalog -> plan -> reader -> pool -> **lease** -> host`, on the far side of the link.
 
+mod direct;
 mod feed;
+pub mod packed;
 mod source;
 
 use std::path::Path;
@@ -23,18 +25,20 @@ use super::leases::thread_id;
 use super::open::read_catalog;
 use super::options::{BudgetSpec, OpenOptions};
 use super::state::{Need, State};
-use super::stats::Stats;
+use super::stats::{Fallback, FallbackKind, Stats};
 use super::wait::{Asked, Hall};
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::mirror;
-use crate::mem::cuda::{Context, Event, VramPool};
+use crate::io::{ReaderKind, ShardFile, mirror};
+use crate::mem::cuda::{Context, Event, Unpacker, VramPool};
 use crate::model::Catalog;
 use crate::plan::image::Places;
 use crate::plan::tiers::VRAM_PAGE_BYTES;
 use crate::plan::{self, Plan, TierShare, VramPlan};
 use crate::units::MIB;
+use direct::Direct;
 use feed::{Core, Counted, Feed};
-use source::{Source, Sources};
+use packed::PackedModel;
+use source::{Packed, Source, Sources};
 
 /// Copied, waited for and counted as one: short enough that compute can begin while a layer arrives, long enough that an
 /// event for each costs nothing.
@@ -64,7 +68,7 @@ pub struct GpuStats {
     pub stalls: u64,
     /// Time they waited.
     pub stall_ns: u64,
-    /// Bytes copied into VRAM.
+    /// Bytes copied into VRAM over the link.
     pub h2d_bytes: u64,
     /// Of those: out of pinned memory.
     pub h2d_pinned_bytes: u64,
@@ -72,6 +76,8 @@ pub struct GpuStats {
     pub h2d_resident_bytes: u64,
     /// Copies asked for.
     pub copies: u64,
+    /// Weights that came coded and were unpacked in VRAM.
+    pub unpacked_bytes: u64,
     /// Host memory that is pinned.
     pub pinned_bytes: u64,
     /// Why not all of it can be.
@@ -80,6 +86,8 @@ pub struct GpuStats {
     pub host: Stats,
     /// Bytes read from the drive, those of resident pages included.
     pub bytes_read: u64,
+    /// Of those, what cuFile read, past host memory.
+    pub direct_bytes: u64,
 }
 
 /// A model on a GPU.
@@ -92,30 +100,55 @@ pub struct GpuModel {
     vram: VramPlan,
     spans: Spans,
     places: Places,
+    packed: Option<Arc<PackedModel>>,
+    /// Why it is not read by cuFile, though it was asked for.
+    not_direct: Option<Fallback>,
 }
 
 impl GpuModel {
-    /// Opens the model at `path` (see [`read_catalog`]) with weights on a GPU. `options` say how the rest is held in host
-    /// memory and read; their backing is not looked at.
+    /// Opens the model at `path` (see [`read_catalog`]), or a compressed one, with weights on a GPU. `options` say how the
+    /// rest is held in host memory and read; their backing is not looked at. With [`ReaderKind::Gds`] it is not held there,
+    /// where cuFile works; else [`GpuStats::host`] tells why not.
     ///
     /// # Errors
     /// Those of [`super::Model::open`]; `Refused` when VRAM or memory do not do, with the arithmetic; `Unsupported` and
     /// `NotFound` without driver or GPU.
     pub fn open(path: &Path, gpu: &GpuOptions, options: OpenOptions) -> Result<Self> {
-        let (catalog, files) = read_catalog(path)?;
-        let files = mirror::open(files, &options.mirrors)?.into();
-        let vram = VramPlan::new(&catalog, gpu.vram_bytes, gpu.slots_count)?;
+        let (packed, catalog, files) = open_files(path)?;
+        let files: Arc<[ShardFile]> = mirror::open(files, &options.mirrors)?.into();
         let context = Context::new(gpu.index)?;
+        let wants_direct = options.reader.kind == ReaderKind::Gds;
+        let (direct, not_direct) = match wants_direct {
+            true => start_direct(&context, &files, packed.is_some()),
+            false => (None, None),
+        };
+        // What unpacks or reads works in VRAM, too.
+        let unpacker_bytes = packed
+            .as_ref()
+            .map_or(0, |_| Unpacker::vram_bytes(PIECE_BYTES));
+        let direct_bytes = direct.as_ref().map_or(0, |_| Direct::vram_bytes());
+        let weights_bytes = gpu.vram_bytes.saturating_sub(unpacker_bytes + direct_bytes);
+        let vram = VramPlan::new(&catalog, weights_bytes, gpu.slots_count)?;
         let pool = VramPool::new(&context, vram.image.len_bytes, &vram.plan)?;
         let layout = Arc::new(layout_of(&vram));
         let page_bytes = options
             .page_bytes
             .unwrap_or_else(|| plan::default_page_bytes(&catalog));
-        let options = OpenOptions {
+        let mut options = OpenOptions {
             page_bytes: Some(page_bytes),
             ..options
         };
-        let sources = Sources::open(&catalog, &vram, &layout, &files, &options, &context)?;
+        if wants_direct {
+            options.reader.kind = ReaderKind::Auto;
+        }
+        let sources = match &direct {
+            Some(_) => Sources::default(),
+            None => {
+                let unpacking = unpacking(&context, packed.as_ref())?;
+                let on = (&context, unpacking.as_ref());
+                Sources::open(&catalog, &vram, &layout, &files, &options, on)?
+            }
+        };
         let slots_count = layout.slots_count as usize;
         let core = Arc::new(Core {
             hall: Hall {
@@ -127,6 +160,7 @@ impl GpuModel {
             pieces: vram.image.pieces.concat(),
             below: sources.below,
             resident: Mutex::new(sources.resident),
+            direct,
             pool,
             last_uses: Mutex::new((0..slots_count).map(|_| Vec::new()).collect()),
             bell: feed::Bell::default(),
@@ -147,7 +181,30 @@ impl GpuModel {
             places: Places::new(&vram.image),
             catalog,
             vram,
+            packed,
+            not_direct,
         })
+    }
+
+    /// Whether weights come past host memory.
+    #[must_use]
+    pub fn is_direct(&self) -> bool {
+        self.core.direct.is_some()
+    }
+
+    /// The compressed model that this one is, if it is one: its catalog has offsets of its own.
+    #[must_use]
+    pub fn packed(&self) -> Option<&PackedModel> {
+        self.packed.as_deref()
+    }
+
+    /// Bytes of the files that come over the link in each pass: fewer than the weights where these are compressed.
+    #[must_use]
+    pub fn link_bytes_per_pass(&self) -> u64 {
+        match &self.core.below {
+            Some(below) => below.catalog().layer_bytes(),
+            None => self.vram.link_bytes_per_pass(),
+        }
     }
 
     /// What is in the files.
@@ -168,18 +225,28 @@ impl GpuModel {
         self.core.below.as_ref().and_then(|below| below.plan())
     }
 
-    /// Where each layer's bytes stay between two passes.
+    /// Where each layer's bytes stay between two passes; of a compressed model those below VRAM are counted as they lie in
+    /// the file.
     #[must_use]
     pub fn shares(&self) -> Vec<TierShare> {
-        match self.host_plan() {
-            Some(lower) => self.vram.shares(&self.catalog, lower),
-            None => {
-                let whole = |bytes: u64| TierShare {
-                    vram_bytes: bytes,
-                    ..TierShare::default()
-                };
-                let layers = self.catalog.layers.iter();
-                layers.map(|layer| whole(layer.bytes)).collect()
+        match (self.host_plan(), &self.core.below) {
+            (Some(lower), Some(below)) => {
+                let mut shares = self.vram.shares(&self.catalog, lower);
+                for (share, stored) in shares.iter_mut().zip(&below.catalog().layers) {
+                    share.drive_bytes = stored.bytes.saturating_sub(share.memory_bytes);
+                }
+                shares
+            }
+            // Nothing is streamed, or all of it past host memory.
+            _ => {
+                let layers = self.catalog.layers.iter().zip(&self.vram.below.layers);
+                layers
+                    .map(|(layer, streamed)| TierShare {
+                        vram_bytes: layer.bytes - streamed.bytes,
+                        memory_bytes: 0,
+                        drive_bytes: streamed.bytes,
+                    })
+                    .collect()
             }
         }
     }
@@ -275,10 +342,12 @@ impl GpuModel {
     #[must_use]
     pub fn stats(&self) -> GpuStats {
         let core = &self.core;
-        let host = core
+        let mut host = core
             .below
             .as_ref()
             .map_or_else(Stats::default, |below| below.stats());
+        host.fallbacks.extend(self.not_direct.clone());
+        let direct_bytes = core.direct.as_ref().map_or(0, Direct::bytes_read);
         let pins = core.below.as_ref().map(|below| below.stage().pinned());
         let counted = &core.counted;
         let state = core.hall.state();
@@ -293,11 +362,13 @@ impl GpuModel {
             h2d_pinned_bytes: counted.h2d_pinned_bytes.load(Ordering::Relaxed),
             h2d_resident_bytes: counted.h2d_resident_bytes.load(Ordering::Relaxed),
             copies: counted.copies.load(Ordering::Relaxed),
+            unpacked_bytes: counted.unpacked_bytes.load(Ordering::Relaxed),
             pinned_bytes: pins.map_or(0, |pins| pins.pinned_bytes()),
             not_pinned: pins
                 .and_then(|pins| pins.failure())
                 .map(|error| error.to_string()),
-            bytes_read: host.bytes_read + resident_read + core.resident_bytes_read(),
+            bytes_read: host.bytes_read + resident_read + core.resident_bytes_read() + direct_bytes,
+            direct_bytes,
             host,
         }
     }
@@ -337,6 +408,61 @@ impl GpuModel {
             )),
         }
     }
+}
+
+/// The catalog of a model, compressed or not, and whether it is.
+///
+/// # Errors
+/// As [`GpuModel::open`].
+pub fn catalog_of(path: &Path) -> Result<(Catalog, bool)> {
+    let (packed, catalog, _) = open_files(path)?;
+    Ok((catalog, packed.is_some()))
+}
+
+/// The files of a model: compressed, or as [`read_catalog`] finds them.
+fn open_files(path: &Path) -> Result<(Option<Arc<PackedModel>>, Catalog, Vec<ShardFile>)> {
+    match PackedModel::open(path)? {
+        Some((packed, catalog, file)) => Ok((Some(Arc::new(packed)), catalog, vec![file])),
+        None => {
+            let (catalog, files) = read_catalog(path)?;
+            Ok((None, catalog, files))
+        }
+    }
+}
+
+/// What reads by cuFile, or why that is not to be.
+fn start_direct(
+    context: &Arc<Context>,
+    files: &Arc<[ShardFile]>,
+    is_packed: bool,
+) -> (Option<Direct>, Option<Fallback>) {
+    let started = match is_packed {
+        true => Err(Error::new(
+            ErrorKind::Unsupported,
+            "compressed models are not read by cuFile",
+        )),
+        false => Direct::start(context, files),
+    };
+    match started {
+        Ok(direct) => (Some(direct), None),
+        Err(error) => {
+            let fallback = Fallback {
+                kind: FallbackKind::Gds,
+                reason: format!("through host memory instead of GDS: {error}"),
+            };
+            (None, Some(fallback))
+        }
+    }
+}
+
+fn unpacking(context: &Arc<Context>, packed: Option<&Arc<PackedModel>>) -> Result<Option<Packed>> {
+    let Some(model) = packed else {
+        return Ok(None);
+    };
+    Ok(Some(Packed {
+        model: Arc::clone(model),
+        unpacker: Arc::new(Unpacker::new(context, PIECE_BYTES)?),
+    }))
 }
 
 /// What there is to copy: the image's fetches, cut into pieces.
