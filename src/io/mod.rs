@@ -10,6 +10,7 @@
 
 pub mod bulk;
 pub mod cached;
+pub mod coded_file;
 pub mod direct;
 pub mod fault;
 mod filesystem;
@@ -18,7 +19,6 @@ pub mod gds;
 pub mod mapped;
 mod memory;
 pub mod mirror;
-#[cfg(any(feature = "cli", feature = "cuda"))]
 pub mod packed;
 mod pread;
 pub mod profile;
@@ -247,7 +247,7 @@ pub struct Resolved {
 
 impl Reader {
     /// A reader over these files. `Auto` falls back to threads where io_uring is not allowed or not there (EPERM,
-    /// EACCES, ENOSYS, ENOMEM, a kernel before 5.11), and for files on FUSE, where io_uring has been seen to complete
+    /// EACCES, ENOSYS, ENOMEM, a kernel before 5.11), for compressed files, and for files on FUSE, where io_uring has been seen to complete
     /// with full length and wrong bytes after a short reply of the server; [`Reader::fallback`] then says why.
     ///
     /// # Errors
@@ -270,12 +270,18 @@ impl Reader {
         let setup = Setup::new(files, options, faults)?;
         match options.kind {
             ReaderKind::Pread => setup.pread(None),
-            ReaderKind::IoUring => setup.uring().map_err(|refused| refused.error),
+            ReaderKind::IoUring => match setup.decoded() {
+                Some(reason) => Err(Error::new(ErrorKind::Unsupported, reason)),
+                None => setup.uring().map_err(|refused| refused.error),
+            },
             ReaderKind::Gds => Err(Error::new(
                 ErrorKind::Unsupported,
                 "the reader gds reads into the memory of a GPU (--gpu); for host memory write auto, io_uring or pread",
             )),
             ReaderKind::Auto => {
+                if let Some(reason) = setup.decoded() {
+                    return setup.pread(Some(reason));
+                }
                 if let Some(fuse) = setup.files.iter().find(|file| file.is_fuse()) {
                     let reason = format!(
                         "pread threads instead of io_uring: {} lies on FUSE, where io_uring can return wrong bytes",
@@ -476,6 +482,15 @@ impl Setup {
             faults,
             request_bytes,
         })
+    }
+
+    /// Why io_uring is not the reader of these files, where one of them has to be decoded.
+    fn decoded(&self) -> Option<String> {
+        let file = self.files.iter().find(|file| file.coded().is_some())?;
+        Some(format!(
+            "pread threads instead of io_uring: {} is compressed, and they decode it",
+            file.path().display()
+        ))
     }
 
     fn uring(self) -> std::result::Result<Reader, setup::Refused> {

@@ -158,7 +158,7 @@ impl Check<'_> {
         let mut expected = vec![0; found.len()];
         let data = &mut expected[..step.file.len_bytes as usize];
         match self.model.packed() {
-            Some(packed) => packed.read(&step.file, data)?,
+            Some(packed) => packed.read(step.file.offset_bytes, data)?,
             None => self.files[shard]
                 .read_exact_at(data, step.file.offset_bytes)
                 .map_err(|error| {

@@ -12,7 +12,7 @@
 
 mod direct;
 mod feed;
-pub mod packed;
+mod packed;
 mod source;
 
 use std::path::Path;
@@ -28,6 +28,7 @@ use super::state::{Need, State};
 use super::stats::{Fallback, FallbackKind, Stats};
 use super::wait::{Asked, Hall};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::coded_file::CodedFile;
 use crate::io::{ReaderKind, ShardFile, mirror};
 use crate::mem::cuda::{Context, Event, Unpacker, VramPool};
 use crate::model::Catalog;
@@ -37,7 +38,6 @@ use crate::plan::{self, Plan, TierShare, VramPlan};
 use crate::units::MIB;
 use direct::Direct;
 use feed::{Core, Counted, Feed};
-use packed::PackedModel;
 use source::{Packed, Source, Sources};
 
 /// Copied, waited for and counted as one: short enough that compute can begin while a layer arrives, long enough that an
@@ -100,7 +100,7 @@ pub struct GpuModel {
     vram: VramPlan,
     spans: Spans,
     places: Places,
-    packed: Option<Arc<PackedModel>>,
+    packed: Option<Arc<CodedFile>>,
     /// Why it is not read by cuFile, though it was asked for.
     not_direct: Option<Fallback>,
 }
@@ -194,7 +194,7 @@ impl GpuModel {
 
     /// The compressed model that this one is, if it is one: its catalog has offsets of its own.
     #[must_use]
-    pub fn packed(&self) -> Option<&PackedModel> {
+    pub fn packed(&self) -> Option<&CodedFile> {
         self.packed.as_deref()
     }
 
@@ -420,8 +420,8 @@ pub fn catalog_of(path: &Path) -> Result<(Catalog, bool)> {
 }
 
 /// The files of a model: compressed, or as [`read_catalog`] finds them.
-fn open_files(path: &Path) -> Result<(Option<Arc<PackedModel>>, Catalog, Vec<ShardFile>)> {
-    match PackedModel::open(path)? {
+fn open_files(path: &Path) -> Result<(Option<Arc<CodedFile>>, Catalog, Vec<ShardFile>)> {
+    match packed::open(path)? {
         Some((packed, catalog, file)) => Ok((Some(Arc::new(packed)), catalog, vec![file])),
         None => {
             let (catalog, files) = read_catalog(path)?;
@@ -455,12 +455,12 @@ fn start_direct(
     }
 }
 
-fn unpacking(context: &Arc<Context>, packed: Option<&Arc<PackedModel>>) -> Result<Option<Packed>> {
-    let Some(model) = packed else {
+fn unpacking(context: &Arc<Context>, packed: Option<&Arc<CodedFile>>) -> Result<Option<Packed>> {
+    let Some(file) = packed else {
         return Ok(None);
     };
     Ok(Some(Packed {
-        model: Arc::clone(model),
+        file: Arc::clone(file),
         unpacker: Arc::new(Unpacker::new(context, PIECE_BYTES)?),
     }))
 }

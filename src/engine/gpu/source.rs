@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::less;
-use super::packed::{PackedModel, Tiles};
+use super::packed::stored_catalog;
 use crate::engine::layout::Layout;
 use crate::engine::{BudgetSpec, Model, OpenOptions, Stats};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::ShardFile;
+use crate::io::coded_file::{CodedFile, Tiles};
 use crate::mem::Backing;
 use crate::mem::cuda::unpack::Batch;
 use crate::mem::cuda::{Context, Event, Stage, Unpacker};
@@ -44,7 +45,7 @@ pub(super) struct Source {
 /// Where weights are coded: in which tiles, and what unpacks them.
 #[derive(Debug, Clone)]
 pub(super) struct Packed {
-    pub(super) model: Arc<PackedModel>,
+    pub(super) file: Arc<CodedFile>,
     pub(super) unpacker: Arc<Unpacker>,
 }
 
@@ -83,7 +84,7 @@ impl Sources {
         (context, packed): (&Arc<Context>, Option<&Packed>),
     ) -> Result<Self> {
         let stored = |catalog: Catalog| match packed {
-            Some(packed) => packed.model.stored_catalog(&catalog),
+            Some(packed) => stored_catalog(&packed.file, &catalog),
             None => Ok(catalog),
         };
         let (once, first_layers) = resident_catalog(catalog, vram, layout);
@@ -242,7 +243,7 @@ impl Source {
     /// As [`Model::acquire`].
     pub(super) fn acquire(&self, layer: u32, file: &Extent, patience: Duration) -> Result<()> {
         let file = match &self.packed {
-            Some(packed) => packed.model.stored(file)?.extent,
+            Some(packed) => packed.file.stored(file)?.extent,
             None => *file,
         };
         let address = self.model.address(file.shard_index, file.offset_bytes) as usize;
@@ -293,7 +294,7 @@ impl Source {
         // The kernel tells that, the decoder here tells what.
         for piece in pieces.iter().filter(|piece| piece.file.len_bytes > 0) {
             let mut weights = vec![0; piece.file.len_bytes as usize];
-            packed.model.read(&piece.file, &mut weights)?;
+            packed.file.read(piece.file.offset_bytes, &mut weights)?;
         }
         let context = "weights were damaged between the drive and the GPU, and are not in the file; try again, and test memory and link";
         Err(Error::new(ErrorKind::Io, context))
@@ -307,7 +308,7 @@ impl Source {
         let (Some(packed), Some(word)) = (&self.packed, word) else {
             return self.copy_stored(file, to);
         };
-        let stored = packed.model.stored(file)?;
+        let stored = packed.file.stored(file)?;
         match &stored.tiles {
             None => self.copy_stored(&stored.extent, to),
             Some(tiles) => {
