@@ -12,6 +12,7 @@
 
 mod direct;
 mod feed;
+mod opening;
 mod packed;
 mod source;
 
@@ -22,10 +23,9 @@ use std::time::Duration;
 
 use super::layout::{Layout, Spans};
 use super::leases::thread_id;
-use super::open::read_catalog;
 use super::options::{BudgetSpec, OpenOptions};
 use super::state::{Need, State};
-use super::stats::{Fallback, FallbackKind, Stats};
+use super::stats::{Fallback, Stats};
 use super::wait::{Asked, Hall};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::coded_file::CodedFile;
@@ -38,7 +38,9 @@ use crate::plan::{self, Plan, TierShare, VramPlan};
 use crate::units::MIB;
 use direct::Direct;
 use feed::{Core, Counted, Feed};
-use source::{Packed, Source, Sources};
+pub use opening::catalog_of;
+use opening::{open_files, start_direct, unpacking};
+use source::{Source, Sources};
 
 /// Copied, waited for and counted as one: short enough that compute can begin while a layer arrives, long enough that an
 /// event for each costs nothing.
@@ -106,7 +108,7 @@ pub struct GpuModel {
 }
 
 impl GpuModel {
-    /// Opens the model at `path` (see [`read_catalog`]), or a compressed one, with weights on a GPU. `options` say how the
+    /// Opens the model at `path` (see [`super::read_catalog`]), or a compressed one, with weights on a GPU. `options` say how the
     /// rest is held in host memory and read; their backing is not looked at. With [`ReaderKind::Gds`] it is not held there,
     /// where cuFile works; else [`GpuStats::host`] tells why not.
     ///
@@ -408,61 +410,6 @@ impl GpuModel {
             )),
         }
     }
-}
-
-/// The catalog of a model, compressed or not, and whether it is.
-///
-/// # Errors
-/// As [`GpuModel::open`].
-pub fn catalog_of(path: &Path) -> Result<(Catalog, bool)> {
-    let (packed, catalog, _) = open_files(path)?;
-    Ok((catalog, packed.is_some()))
-}
-
-/// The files of a model: compressed, or as [`read_catalog`] finds them.
-fn open_files(path: &Path) -> Result<(Option<Arc<CodedFile>>, Catalog, Vec<ShardFile>)> {
-    match packed::open(path)? {
-        Some((packed, catalog, file)) => Ok((Some(Arc::new(packed)), catalog, vec![file])),
-        None => {
-            let (catalog, files) = read_catalog(path)?;
-            Ok((None, catalog, files))
-        }
-    }
-}
-
-/// What reads by cuFile, or why that is not to be.
-fn start_direct(
-    context: &Arc<Context>,
-    files: &Arc<[ShardFile]>,
-    is_packed: bool,
-) -> (Option<Direct>, Option<Fallback>) {
-    let started = match is_packed {
-        true => Err(Error::new(
-            ErrorKind::Unsupported,
-            "compressed models are not read by cuFile",
-        )),
-        false => Direct::start(context, files),
-    };
-    match started {
-        Ok(direct) => (Some(direct), None),
-        Err(error) => {
-            let fallback = Fallback {
-                kind: FallbackKind::Gds,
-                reason: format!("through host memory instead of GDS: {error}"),
-            };
-            (None, Some(fallback))
-        }
-    }
-}
-
-fn unpacking(context: &Arc<Context>, packed: Option<&Arc<CodedFile>>) -> Result<Option<Packed>> {
-    let Some(file) = packed else {
-        return Ok(None);
-    };
-    Ok(Some(Packed {
-        file: Arc::clone(file),
-        unpacker: Arc::new(Unpacker::new(context, PIECE_BYTES)?),
-    }))
 }
 
 /// What there is to copy: the image's fetches, cut into pieces.
