@@ -36,8 +36,9 @@ build: ## the release programs: $(TARGET)/release/{flea,flead,flea-ctl}
 
 # A build of its own: libflea must never contain ggml, and the two must not overwrite each other's libflea.rlib.
 # cargo's own name for the result is libflea.so; programs ask for the soname at run time, so it gets its links here.
-lib: ## the C library: $(CAPI)/lib/{libflea.so*,libflea.a,pkgconfig/flea.pc}, $(CAPI)/include/flea.h
-	$(CARGO) rustc --lib --locked --release --no-default-features --crate-type cdylib,staticlib --target-dir $(CAPI)/cargo -- -C link-arg=-Wl,-soname,libflea.so.0
+# CUDA=1: with weights on GPUs. Nothing of CUDA is needed to build, and it runs without.
+lib: ## the C library (CUDA=1: also for GPUs): $(CAPI)/lib/{libflea.so*,libflea.a,pkgconfig/flea.pc}, $(CAPI)/include/flea.h
+	$(CARGO) rustc --lib --locked --release --no-default-features $(if $(CUDA),--features cuda) --crate-type cdylib,staticlib --target-dir $(CAPI)/cargo -- -C link-arg=-Wl,-soname,libflea.so.0
 	@mkdir -p $(CAPI)/lib/pkgconfig $(CAPI)/include # copied only when different: hosts need no new link then
 	@install -C -m 755 $(CAPI)/cargo/release/libflea.so $(CAPI)/lib/$(LIBRARY)
 	@install -C -m 644 $(CAPI)/cargo/release/libflea.a $(CAPI)/lib/libflea.a
@@ -46,7 +47,7 @@ lib: ## the C library: $(CAPI)/lib/{libflea.so*,libflea.a,pkgconfig/flea.pc}, $(
 	@ln -sf $(SONAME) $(CAPI)/lib/libflea.so
 	@scripts/flea-pc.sh $(VERSION) $(CAPI) $(CAPI)/lib $(CAPI)/include > $(CAPI)/lib/pkgconfig/flea.pc
 
-ggml-flea: lib ## the ggml device for a llama.cpp: make ggml-flea LLAMA_CPP=<source directory>
+ggml-flea: lib ## the ggml device for a llama.cpp: make ggml-flea LLAMA_CPP=<source directory> [CUDA=1]
 	@test -n "$(LLAMA_CPP)" || { echo "usage: make ggml-flea LLAMA_CPP=<llama.cpp source directory>" >&2; exit 2; }
 	$(CMAKE) -S ffi-examples/ggml-flea -B $(TARGET)/ggml-flea/build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CPP=$(abspath $(LLAMA_CPP)) \
 	  -DFLEA_INCLUDE=$(CAPI)/include -DFLEA_LIB=$(CAPI)/lib/libflea.a -DOUTPUT_DIR=$(TARGET)/ggml-flea

@@ -25,6 +25,12 @@ mod device {
                 private.display()
             );
         }
+        // For tests that compile against the very ggml that is linked.
+        println!("cargo:rustc-env=TEST_LLAMA_SOURCE={}", llama.display());
+        println!(
+            "cargo:rustc-env=TEST_LLAMA_LIBS={}",
+            llama_libraries().display()
+        );
         println!("cargo:rerun-if-changed={SOURCE}");
         println!("cargo:rerun-if-changed=include/flea.h");
         cc::Build::new()
@@ -55,6 +61,11 @@ mod device {
         files.sort();
         assert!(!files.is_empty(), "no .cpp file in {}", folder.display());
         files
+    }
+
+    /// Where llama-cpp-sys-2 has put ggml's static libraries.
+    fn llama_libraries() -> PathBuf {
+        PathBuf::from(env::var_os("DEP_LLAMA_ROOT").unwrap_or_default()).join("lib")
     }
 
     /// Where llama-cpp-sys-2 keeps llama.cpp. It does not say so itself, but its cmake does: the headers a device needs

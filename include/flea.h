@@ -166,6 +166,14 @@ typedef struct flea_open_options {
   // Directories with copies of the model's files, separated by ':', to be read from as well; NULL = none. Read during
   // the call only.
   const char *mirrors;
+  // Weights in the memory of an NVIDIA GPU: how much of it they may take, "8GiB", or "25%" of the model. NULL = in host
+  // memory. What does not stay there is kept in host memory, as far as `memory` or `pool_bytes` allow, or read from the
+  // drive in each pass. UNSUPPORTED where libflea is built without CUDA, or no driver is there. Read during the call only.
+  const char *vram;
+  // Which GPU, as the CUDA driver counts them, from 0. Without meaning where `vram` is NULL.
+  uint32_t gpu_index;
+  // Slots of the ring in its memory, 2 to 64; 0 = 3.
+  uint32_t vram_slots_count;
 } flea_open_options;
 
 // An open model. Only ever used through a pointer.
@@ -215,6 +223,19 @@ typedef struct flea_info {
   uint64_t expert_cache_bytes;
   // What flea_read_rows holds in memory, in bytes: a part of host_bytes.
   uint64_t rows_bytes;
+  // What weights may take of a GPU's memory, in bytes; 0 where they are in host memory. All addresses of the model are the
+  // GPU's then, slots_count is that of its ring, and the figures of the plan above are those of the host memory below.
+  uint64_t vram_budget_bytes;
+  // Weights that stay there, in bytes.
+  uint64_t vram_resident_bytes;
+  // All slots there, in bytes.
+  uint64_t vram_ring_bytes;
+  // Bytes that come over the link (PCIe) in each pass, from host memory and drive together.
+  uint64_t link_bytes_per_pass;
+  // Which GPU; 0 also where there is none: see vram_budget_bytes.
+  uint32_t gpu_index;
+  // 0.
+  uint32_t reserved;
 } flea_info;
 
 // One tensor of a model.
@@ -242,7 +263,8 @@ typedef struct flea_tensor {
   // Which file, counted from 0.
   uint32_t shard;
   // Its constant address; NULL when `layer` is -1 and it has no FLEA_TENSOR_ROWS. Readable only while its layer is
-  // acquired, and never where `layer` is -1.
+  // acquired, and never where `layer` is -1. With flea_open_options.vram a device pointer, for the GPU alone, aligned to 128
+  // bytes and, where it is quantised, followed by as many zeros as ggml's kernels read.
   const void *data;
   // Its name. Lives as long as the model.
   const char *name;
@@ -316,6 +338,16 @@ typedef struct flea_stats_data {
   uint64_t expert_bytes_read_ahead;
   // Of those bytes: gone again before anybody acquired them.
   uint64_t expert_bytes_unused;
+  // Bytes copied into a GPU's memory. On a GPU acquires, releases, loads and stalls are those of the leases there.
+  uint64_t h2d_bytes;
+  // Of those: out of pinned memory.
+  uint64_t h2d_pinned_bytes;
+  // Of those: into pages that stay there, once.
+  uint64_t h2d_resident_bytes;
+  // Copies they took.
+  uint64_t h2d_copies;
+  // Host memory that is pinned, in bytes.
+  uint64_t pinned_bytes;
 } flea_stats_data;
 
 // A KV codec for vectors of one length. Opaque; it never changes, so any number of threads may use it at a time.
@@ -394,10 +426,23 @@ int32_t flea_acquire(struct flea_model *model,
                      size_t bytes,
                      int64_t timeout_ns);
 
-// Gives back one lease of a layer. Its bytes may change from now on.
+// Gives back one lease of a layer. Its bytes may change from now on. On a GPU: nothing there reads the layer any more; see
+// flea_release_after.
 //
 // Threads: any, also another than the acquire's. Returns FLEA_OK or INVALID (the layer is not acquired).
-int32_t flea_release(struct flea_model *model, uint32_t layer);
+int32_t flea_release(struct flea_model *model,
+                     uint32_t layer);
+
+// Gives back one lease of a layer that a GPU still reads: its bytes change only when everything is done that `cuda_event`
+// stands for. The host does not wait, and may record the event anew at once.
+//
+// `cuda_event`: a `CUevent` or `cudaEvent_t` of flea_open_options.gpu_index, recorded behind the last kernel that reads the
+// layer. A captured CUDA graph that reads the layer must be launched anew under each lease; its addresses stay as they are.
+// Threads: any, also another than the acquire's. Returns FLEA_OK or: INVALID (the layer is not acquired, or the model is not on
+// a GPU: use flea_release there), IO (the GPU is lost).
+int32_t flea_release_after(struct flea_model *model,
+                           uint32_t layer,
+                           void *cuda_event);
 
 // Waits until all ranges are in memory and keeps them there until flea_release_ranges with the same ranges: for weights that
 // are known only at run time, such as the experts that a router chose. All reads of a call are started at once.
@@ -406,7 +451,8 @@ int32_t flea_release(struct flea_model *model, uint32_t layer);
 // layer is a lease of that range of the layer, as flea_acquire gives it. A call gets all of its ranges or none.
 // `timeout_ns`: below 0 waits for ever, 0 starts the reads and says whether they were needed.
 // Threads: any. Returns FLEA_OK or: INVALID (a range that is not all weights), REFUSED (more experts than their cache has
-// slots: ask for fewer at a time), BUSY (this thread holds what it would wait for), and what flea_acquire returns.
+// slots: ask for fewer at a time), BUSY (this thread holds what it would wait for), UNSUPPORTED (on a GPU, where experts
+// come with their layer), and what flea_acquire returns.
 int32_t flea_acquire_ranges(struct flea_model *model,
                             const struct flea_range *ranges,
                             size_t count,

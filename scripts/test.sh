@@ -20,8 +20,8 @@ llama=$(scripts/llama-cpp.sh)
 cargo build --release --locked
 mkdir -p "$target/test-bin"
 cp "$target/release/flea" "$target/test-bin/flea"
-make --no-print-directory ggml-flea LLAMA_CPP="$llama/src"
-make --no-print-directory examples
+make --no-print-directory ggml-flea LLAMA_CPP="$llama/src" CUDA=1
+make --no-print-directory examples CUDA=1
 cmake -S tests/hosts -B "$target/hosts/build" -DLLAMA_CPP="$llama/src" -DLLAMA_CPP_LIBS="$llama/build/bin" -DOUTPUT_DIR="$target/hosts"
 cmake --build "$target/hosts/build"
 

@@ -5,6 +5,8 @@
 mod common;
 #[path = "common/daemon.rs"]
 mod daemon;
+#[path = "common/fake_cuda.rs"]
+mod fake_cuda;
 #[path = "support/gguf_bytes.rs"]
 mod gguf_bytes;
 
@@ -602,5 +604,75 @@ fn flea_run_gives_what_stock_llama_cpp_gives() {
     assert!(
         own == stock.reference(&model, &[]),
         "flea run and stock llama.cpp differ"
+    );
+}
+
+/// What takes ggml-cuda's place, built for the stock llama.cpp: it shares that one's ggml.
+fn ggml_cuda(stock: &Stock, folder: &Path) -> PathBuf {
+    let library = folder.join("libggml-cuda.so");
+    let root = stock.programs.join("../..");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake-cuda/ggml-cuda.cpp");
+    let mut command = Command::new("c++");
+    command.args(["-std=c++17", "-O1", "-fPIC", "-shared", "-o"]);
+    command.arg(&library).arg(source);
+    for headers in ["src/ggml/include", "src/ggml/src"] {
+        command.arg("-isystem").arg(root.join(headers));
+    }
+    command.arg("-L").arg(&stock.programs);
+    let said = output(command.args(["-lggml-cpu", "-lggml-base", "-pthread", "-ldl"]));
+    assert!(said.status.success(), "{}", stderr(&said));
+    library
+}
+
+#[test]
+fn weights_streamed_into_vram_give_the_same_logits() {
+    let Some(stock) = Stock::find() else { return };
+    let folder = tempfile::tempdir().expect("a directory");
+    let library = ggml_cuda(&stock, folder.path());
+    let on_gpu = |vram: &str| {
+        let (mut command, stats) = stock.plugged(&stock.logits, "400%");
+        fake_cuda::with_gpu(&mut command, &[("FAKE_CUDA_READ_US", "100")]);
+        command
+            .env("FLEA_VRAM", vram)
+            .env("FLEA_GGML_CUDA", &library);
+        command.args(["--device", "FLEA"]);
+        (command, stats)
+    };
+    let one_thread = ["--threads", "1"];
+    for (arch, dtype) in [("llama", "f16"), ("gemma3", "q4_0"), ("mixtral", "q8_0")] {
+        let model = tiny(arch, dtype);
+        let reference = stock.reference(&model, &one_thread);
+        for vram in ["8MiB", "128MiB"] {
+            let what = format!("{arch} {dtype} {vram}");
+            let (mut command, path) = on_gpu(vram);
+            let rows = generate(&mut command, &model, &one_thread);
+            let stats = take_stats(&path);
+            assert!(rows == reference, "{what}: the logits differ; {stats}");
+            assert!(stats["error"].is_null(), "{what}: {stats}");
+            assert_eq!(stats["layers_placed"], stats["layers"], "{what}: {stats}");
+            let leases = number(&stats, "graphs") * number(&stats, "layers");
+            assert_eq!(number(&stats, "acquires"), leases, "{what}: {stats}");
+            assert_eq!(
+                number(&stats, "releases_behind_gpu"),
+                leases,
+                "{what}: {stats}"
+            );
+            let link = number(&stats, "link_bytes_per_pass");
+            let streamed = number(&stats, "h2d_bytes") - number(&stats, "h2d_resident_bytes");
+            assert_eq!(link > 0.0, vram == "8MiB", "{what}: {stats}");
+            assert!(
+                streamed >= link * number(&stats, "graphs"),
+                "{what}: {stats}"
+            );
+            assert_eq!(number(&stats, "loads") > 0.0, link > 0.0, "{what}: {stats}");
+        }
+    }
+    let (mut command, _) = on_gpu("1MiB");
+    command.arg("-m").arg(tiny("llama", "f16"));
+    let said = output(command.args(["--prompt-tokens", "300"]));
+    assert!(
+        !said.status.success() && stderr(&said).contains("VRAM:"),
+        "{}",
+        stderr(&said)
     );
 }

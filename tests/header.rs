@@ -82,6 +82,7 @@ fn the_header_has_these_calls_and_no_others() {
         "flea_model_tensor_at",
         "flea_read_rows",
         "flea_release",
+        "flea_release_after",
         "flea_release_ranges",
         "flea_stats",
         "flea_status_name",

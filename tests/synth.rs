@@ -102,7 +102,7 @@ fn open(path: &Path) -> Opened {
 fn local(model: &Opened) -> &Model {
     match model {
         Opened::Local(model) => model,
-        Opened::Daemon(_) => panic!("it was opened in this process"),
+        _ => panic!("it was opened in this process"),
     }
 }
 

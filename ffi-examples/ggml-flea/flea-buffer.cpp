@@ -7,6 +7,10 @@
 //
 // Two buffer types: FLEA, which is not host memory (so the loader stages what it reads and hands it over in pieces
 // instead of writing into windows that are not writable), and FLEA_Host, plain memory whose reserved part we know.
+//
+// With weights in the memory of a GPU a buffer of FLEA for anything but weights is one of ggml-cuda itself. Only the one for
+// streamed weights is ours: it reserves addresses and no memory, and from the first computation on its type is ggml-cuda's,
+// whose checks it then passes like any other.
 
 #include <algorithm>
 #include <cerrno>
@@ -36,6 +40,9 @@ struct Memory {
     size_t size_bytes = 0;
     uint64_t placed_bytes = 0;   // reserved for weights that stand in a window: never touched
     Model * model = nullptr;     // whose weights are placed here
+    ggml_backend_buffer_t buffer = nullptr;
+    // On a GPU: buffers of ggml-cuda. The first knows the way to its memory; the others hold tensors that are not streamed.
+    std::vector<ggml_backend_buffer_t> beside;
     bool has_kv = false;         // keys and values whose place is elsewhere
 };
 
@@ -96,6 +103,7 @@ void free_buffer(ggml_backend_buffer_t buffer) {
         if (memory->model) { live().planned_bytes = 0; }
     }
     munmap(memory->base, memory->size_bytes);
+    for (const ggml_backend_buffer_t beside : memory->beside) { ggml_backend_buffer_free(beside); }
     if (memory->has_kv) { kv_remove(); }
     if (memory->model) { model_buffer_freed(memory->model); }
     delete memory;
@@ -126,10 +134,30 @@ ggml_status place_kv(Memory & memory, ggml_tensor * tensor) {
     return GGML_STATUS_SUCCESS;
 }
 
+// A tensor that is not streamed, in memory of the GPU that ggml-cuda allocates.
+ggml_status place_beside(Memory & memory, ggml_tensor * tensor) {
+    const Gpu * on = gpu();
+    const bool writable = !loader_skips_streamed();  // else the loader would write there as if it were host memory
+    ggml_backend_buffer_t beside = nullptr;
+    if (on && writable) { beside = ggml_backend_buft_alloc_buffer(on->buft, ggml_backend_buft_get_alloc_size(on->buft, tensor)); }
+    if (!beside) {
+        fail(writable ? FLEA_E_NOMEM : FLEA_E_UNSUPPORTED, std::string("no memory of the GPU for tensor '") + tensor->name + "', which is not streamed");
+        return GGML_STATUS_FAILED;
+    }
+    memory.beside.push_back(beside);
+    tensor->data = ggml_backend_buffer_get_base(beside);
+    return ggml_backend_buffer_init_tensor(beside, tensor);
+}
+
+ggml_status place_unstreamed(Memory & memory, ggml_tensor * tensor) {
+    return memory.beside.empty() ? GGML_STATUS_SUCCESS : place_beside(memory, tensor);
+}
+
 // Called for weights, and for every compute tensor of every graph: names are looked at first.
 ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor) {
     if (kv_wants(tensor)) { return place_kv(memory_of(buffer), tensor); }
-    if (tensor->view_src || tensor->op != GGML_OP_NONE || !is_weight_name(tensor->name)) { return GGML_STATUS_SUCCESS; }
+    if (tensor->view_src) { return GGML_STATUS_SUCCESS; }
+    if (tensor->op != GGML_OP_NONE || !is_weight_name(tensor->name)) { return place_unstreamed(memory_of(buffer), tensor); }
     const Weight * weight = nullptr;
     switch (find_weight(tensor, &weight)) {
         case Match::streamed:
@@ -138,16 +166,22 @@ ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor) {
             return GGML_STATUS_SUCCESS;
         case Match::kept:
         case Match::other:
-            return GGML_STATUS_SUCCESS;  // the host asked for it here (-ot): ordinary memory
+            return place_unstreamed(memory_of(buffer), tensor);  // the host asked for it here (-ot): ordinary memory
         case Match::refused:
             return GGML_STATUS_FAILED;
         case Match::unknown:
-            if (!is_model_weight_name(tensor->name)) { return GGML_STATUS_SUCCESS; }
+            if (!is_model_weight_name(tensor->name)) { return place_unstreamed(memory_of(buffer), tensor); }
             break;
     }
     fail(FLEA_E_NOTFOUND, std::string("tensor '") + tensor->name + "' (" + std::to_string(ggml_nbytes(tensor)) +
                               " bytes) is in no model file that this process has open; name the file with FLEA_MODEL");
     return GGML_STATUS_FAILED;
+}
+
+// The buffer of ggml-cuda that knows the way to what a buffer of ours holds; NULL where that is host memory.
+ggml_backend_buffer_t cuda_of(ggml_backend_buffer_t buffer) {
+    const Memory & memory = memory_of(buffer);
+    return memory.beside.empty() ? nullptr : memory.beside[0];
 }
 
 // Does `access` on the bytes of a streamed cache under a lease. ggml has no way to report a failure: it has been logged, and the
@@ -163,26 +197,44 @@ template <typename Access> void with_kv(const KvTensor * kv, const ggml_tensor *
     if (status != FLEA_OK) { fail(status, std::string("keys and values: tensor '") + tensor->name + "'"); }
 }
 
-void memset_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, uint8_t value, size_t offset, size_t size) {
+void memset_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor, uint8_t value, size_t offset, size_t size) {
     if (const KvTensor * kv = kv_of(tensor)) {
         with_kv(kv, tensor, offset, size, true, [&](char * at) { memset(at, value, size); });
-    } else if (!weight_of(tensor)) {
+    } else if (weight_of(tensor)) {
+        return;
+    } else if (const ggml_backend_buffer_t cuda = cuda_of(buffer)) {
+        cuda->iface.memset_tensor(cuda, tensor, value, offset, size);
+    } else {
         memset((char *) tensor->data + offset, value, size);
     }
 }
 
-void set_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+void set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
     if (const KvTensor * kv = kv_of(tensor)) {
         with_kv(kv, tensor, offset, size, true, [&](char * at) { memcpy(at, data, size); });
     } else if (const Weight * weight = weight_of(tensor)) {
         loader_read(weight, size);
+    } else if (const ggml_backend_buffer_t cuda = cuda_of(buffer)) {
+        cuda->iface.set_tensor(cuda, tensor, data, offset, size);
     } else {
         memcpy((char *) tensor->data + offset, data, size);
     }
 }
 
+// Copies leased bytes of a weight out.
+void copy_out(ggml_backend_buffer_t buffer, char * to, const char * from, size_t size) {
+    const ggml_backend_buffer_t cuda = cuda_of(buffer);
+    if (!cuda) {
+        memcpy(to, from, size);
+        return;
+    }
+    ggml_tensor bytes = {};
+    bytes.data = const_cast<char *>(from);
+    cuda->iface.get_tensor(cuda, &bytes, to, 0, size);
+}
+
 // A weight is copied layer by layer: a cut head need not fit into memory as a whole.
-void get_weight(const Weight * weight, const ggml_tensor * tensor, char * data, size_t offset, size_t size) {
+void get_weight(ggml_backend_buffer_t buffer, const Weight * weight, const ggml_tensor * tensor, char * data, size_t offset, size_t size) {
     const size_t view_offset = (size_t) ((const char *) tensor->data - (const char *) weight->data);
     if (weight->experts) {
         const int32_t status = read_experts(weight, view_offset + offset, view_offset + offset + size, data);
@@ -215,22 +267,25 @@ void get_weight(const Weight * weight, const ggml_tensor * tensor, char * data, 
             memset(data, 0, size);  // ggml has no way to report it; zeros are at least no other tensor's bytes
             return;
         }
-        memcpy(data + (from - view_offset - offset), (const char *) weight->data + from, to - from);
+        copy_out(buffer, data + (from - view_offset - offset), (const char *) weight->data + from, to - from);
     }
 }
 
-void get_tensor(ggml_backend_buffer_t, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
+void get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
     if (const KvTensor * kv = kv_of(tensor)) {
         memset(data, 0, size);  // what stays where the lease is refused
         with_kv(kv, tensor, offset, size, false, [&](const char * at) { memcpy(data, at, size); });
     } else if (const Weight * weight = weight_of(tensor)) {
-        get_weight(weight, tensor, (char *) data, offset, size);
+        get_weight(buffer, weight, tensor, (char *) data, offset, size);
+    } else if (const ggml_backend_buffer_t cuda = cuda_of(buffer)) {
+        cuda->iface.get_tensor(cuda, tensor, data, offset, size);
     } else {
         memcpy(data, (const char *) tensor->data + offset, size);
     }
 }
 
-bool cpy_tensor(ggml_backend_buffer_t, const ggml_tensor * src, ggml_tensor * dst) {
+bool cpy_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * src, ggml_tensor * dst) {
+    if (cuda_of(buffer)) { return false; }  // ggml then gets and sets
     const ggml_backend_buffer_t from = src->view_src ? src->view_src->buffer : src->buffer;
     if (weight_of(src) || weight_of(dst) || kv_of(src) || kv_of(dst)) { return false; }
     if (from->buft != buffer_type() && !ggml_backend_buffer_is_host(from)) { return false; }
@@ -261,10 +316,65 @@ ggml_backend_buffer_i buffer_interface() {
     return iface;
 }
 
-ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) {
+// What ggml asked the sizes of on this thread since a buffer was made: it does so right before it makes one for tensors
+// that are known, and it does not say which they are.
+struct Asked {
+    size_t bytes;
+    bool is_streamed;
+};
+thread_local std::vector<Asked> asked;
+
+void note(const ggml_tensor * tensor, size_t bytes) {
+    if (tensor->op != GGML_OP_NONE || tensor->view_src) {  // a graph is laid out
+        asked.clear();
+        return;
+    }
+    bool serves = false;
+    const Match match = is_weight_name(tensor->name) ? try_weight(tensor, tensor, 0, &serves) : Match::other;
+    // What is refused has to come to init_tensor, which makes the load fail, and not whole into the GPU's memory.
+    asked.push_back({ bytes, match == Match::streamed || match == Match::refused });
+}
+
+// True when a buffer of that size is for tensors of which some are streamed: the last ones that fill it.
+bool is_for_weights(size_t size) {
+    size_t sum = 0;
+    bool has_streamed = false;
+    for (size_t i = asked.size(); i-- > 0 && sum < size;) {
+        sum += asked[i].bytes;
+        has_streamed = has_streamed || asked[i].is_streamed;
+    }
+    asked.clear();
+    return has_streamed && sum == size;
+}
+
+size_t alloc_size(ggml_backend_buffer_type_t, const ggml_tensor * tensor) {
+    const Gpu * on = gpu();
+    if (!on) { return ggml_nbytes(tensor); }
+    const size_t bytes = ggml_backend_buft_get_alloc_size(on->buft, tensor);
+    note(tensor, GGML_PAD(bytes, ggml_backend_buft_get_alignment(on->buft)));
+    return bytes;
+}
+
+size_t alignment(ggml_backend_buffer_type_t) {
+    const Gpu * on = gpu();
+    return on ? ggml_backend_buft_get_alignment(on->buft) : alignment_bytes;
+}
+
+// Memory of the GPU for keys, values and computing.
+ggml_backend_buffer_t alloc_on(const Gpu & on, size_t size) {
+    const ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(on.buft, size);
+    if (!buffer) {
+        fail(FLEA_E_NOMEM, std::to_string((size >> 20) + 1) + " MiB of the GPU's memory for keys, values and computing cannot be had beside the "
+                           "weights: give weights less of it (--vram, FLEA_VRAM), or take a smaller context or batch");
+    }
+    return buffer;
+}
+
+std::atomic<bool> has_new_weights { false };
+
+// A buffer of ours, which may have nothing but addresses.
+ggml_backend_buffer_t alloc_own(ggml_backend_buffer_type_t buft, size_t size, const Gpu * on) {
     const size_t bytes = std::max(page_bytes, (size_t) GGML_PAD(size, page_bytes));
-    // The weights' own buffer is made before any plan, so what comes after one is real memory.
-    if (!fits_after_plan(bytes)) { return nullptr; }
     void * base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) {
         fail(FLEA_E_NOMEM, "cannot reserve " + std::to_string(bytes) + " bytes of address space: " + strerror(errno) +
@@ -272,29 +382,47 @@ ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t buft, size_t size)
         return nullptr;
     }
     if (bytes >= huge_from_bytes) { madvise(base, bytes, MADV_HUGEPAGE); }
-    auto * memory = new Memory;
+    auto memory = std::make_unique<Memory>();
     memory->base = static_cast<char *>(base);
     memory->size_bytes = bytes;
-    {
-        std::lock_guard<std::mutex> guard(live().mutex);
-        live().all.insert(memory);
+    if (on) {
+        memory->placed_bytes = bytes;  // whatever stands here has its memory elsewhere
+        memory->beside.push_back(alloc_on(*on, page_bytes));
+        if (!memory->beside[0]) {
+            munmap(base, bytes);
+            return nullptr;
+        }
     }
     ggml_backend_buffer_i iface = buffer_interface();
     if (buft == buffer_type()) { iface.init_tensor = init_tensor; }
-    return ggml_backend_buffer_init(buft, iface, memory, size);
+    memory->buffer = ggml_backend_buffer_init(buft, iface, memory.get(), size);
+    std::lock_guard<std::mutex> guard(live().mutex);
+    if (on) { has_new_weights = true; }
+    return (*live().all.insert(memory.release()).first)->buffer;
+}
+
+ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) {
+    const bool is_device = buft == buffer_type();
+    const Gpu * on = is_device ? gpu() : nullptr;
+    if (is_device && !on && wants_gpu()) { return nullptr; }
+    if (on && !is_for_weights(size)) { return alloc_on(*on, size); }
+    // The buffer for weights is made before any plan, so what comes after one is real memory.
+    if (!on && !fits_after_plan(std::max(page_bytes, (size_t) GGML_PAD(size, page_bytes)))) { return nullptr; }
+    return alloc_own(buft, size, on);
 }
 
 const char * name_flea(ggml_backend_buffer_type_t) { return "FLEA"; }
 const char * name_host(ggml_backend_buffer_type_t) { return "FLEA_Host"; }
-size_t get_alignment(ggml_backend_buffer_type_t) { return alignment_bytes; }
 bool is_host_flea(ggml_backend_buffer_type_t) { return loader_skips_streamed(); }
 bool is_host_always(ggml_backend_buffer_type_t) { return true; }
+
+size_t alignment_host(ggml_backend_buffer_type_t) { return alignment_bytes; }
 
 ggml_backend_buffer_type make_type(const char * (*name)(ggml_backend_buffer_type_t), bool (*is_host)(ggml_backend_buffer_type_t)) {
     ggml_backend_buffer_type type = {};
     type.iface.get_name      = name;
     type.iface.alloc_buffer  = alloc_buffer;
-    type.iface.get_alignment = get_alignment;
+    type.iface.get_alignment = alignment_host;
     type.iface.is_host       = is_host;
     type.device              = device();
     return type;
@@ -303,7 +431,12 @@ ggml_backend_buffer_type make_type(const char * (*name)(ggml_backend_buffer_type
 }  // namespace
 
 ggml_backend_buffer_type_t buffer_type() {
-    static ggml_backend_buffer_type type = make_type(name_flea, is_host_flea);
+    static ggml_backend_buffer_type type = [] {
+        ggml_backend_buffer_type made = make_type(name_flea, is_host_flea);
+        made.iface.get_alignment  = alignment;
+        made.iface.get_alloc_size = alloc_size;
+        return made;
+    }();
     return &type;
 }
 
@@ -316,12 +449,22 @@ ggml_backend_buffer_type_t host_buffer_type() {
 // other kernels (with other roundings) than for a plain weight.
 const Weight * weight_of(const ggml_tensor * tensor) {
     const ggml_tensor * root = tensor->view_src ? tensor->view_src : tensor;
-    if (!root->buffer || root->buffer->buft != buffer_type() || root->buffer->size == 0) { return nullptr; }
+    // Not by its type, which on a GPU becomes ggml-cuda's.
+    if (!root->buffer || root->buffer->iface.free_buffer != free_buffer) { return nullptr; }
     const Memory & memory = memory_of(root->buffer);
     const char * data = static_cast<const char *>(root->data);
     if (!memory.model || (data >= memory.base && data < memory.base + memory.size_bytes)) { return nullptr; }
     const auto entry = memory.model->by_address.find(data);
     return entry == memory.model->by_address.end() ? nullptr : entry->second;
+}
+
+void hand_weights_to_gpu() {
+    if (!has_new_weights.load(std::memory_order_acquire)) { return; }
+    std::lock_guard<std::mutex> guard(live().mutex);
+    for (const Memory * memory : live().all) {
+        if (!memory->beside.empty()) { memory->buffer->buft = memory->beside[0]->buft; }
+    }
+    has_new_weights.store(false, std::memory_order_release);
 }
 
 uint64_t reserved_bytes() {

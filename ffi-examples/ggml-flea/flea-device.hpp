@@ -6,6 +6,7 @@
 //   flea-model.cpp   one streamed model: catalog, life
 //   flea-buffer.cpp  memory: streamed weights stand in flea's windows, everything else is plain anonymous memory
 //   flea-graph.cpp   graph_compute: cut where the layer changes, acquire, compute, release
+//   flea-cuda.cpp     the GPU that computes, where weights are in its memory
 //   flea-arriving.cpp  the same for a layer that is still being read: compute with the part that is there
 //   flea-experts.cpp   experts that are fetched one by one: cut where a router has chosen
 //   flea-guess.cpp   which experts the next layer's router will choose
@@ -49,6 +50,9 @@ struct Environment {
     std::string stats;     // FLEA_STATS; empty = none
     bool experts = true;   // FLEA_EXPERTS=off: experts come with their layer
     std::string endpoint;  // FLEA_ENDPOINT; empty = in this process
+    std::string vram;      // FLEA_VRAM; empty = weights in host memory
+    uint32_t gpu_index = 0;  // FLEA_GPU
+    std::string ggml_cuda;   // FLEA_GGML_CUDA; empty = the program has the device
     uint32_t reader = FLEA_READER_AUTO;
     LogLevel log = LogLevel::warn;
     std::string error;     // set when a variable has a value that cannot be understood
@@ -163,9 +167,25 @@ bool is_configured();  // a host that has the device compiled in gave the model
 bool loader_skips_streamed();
 bool guesses_experts();  // the program wants experts of a few tokens guessed
 bool waits_for_parts();  // compute starts with the part of a layer that is there
+void loaded();           // the host's loader has finished
 flea_model * current_handle();
 // model_bytes and the smallest weight budget (an estimate) of the current model; false when none is known yet.
 bool current_sizes(uint64_t * model_bytes, uint64_t * smallest_bytes);
+
+// ---- flea-cuda.cpp
+
+// The device of ggml-cuda that computes, and its memory.
+struct Gpu {
+    ggml_backend_dev_t device = nullptr;
+    ggml_backend_buffer_type_t buft = nullptr;
+};
+
+// What the program's model says; NULL: FLEA_VRAM and FLEA_GPU say it.
+void gpu_configure(const flea_info * info);
+// Weights shall be in the memory of a GPU.
+bool wants_gpu();
+// NULL where they are in host memory, and where the GPU cannot be had, which has been logged.
+const Gpu * gpu();
 
 // ---- flea-buffer.cpp
 
@@ -175,6 +195,8 @@ ggml_backend_buffer_type_t host_buffer_type();
 // The streamed weight behind a tensor (through view_src), or NULL.
 const Weight * weight_of(const ggml_tensor * tensor);
 
+// Before a GPU computes: the buffers of weights become what ggml-cuda takes for its own.
+void hand_weights_to_gpu();
 uint64_t reserved_bytes();            // live buffers, placed weights left out
 uint64_t reserved_untouched_bytes();  // the part of it without memory
 extern uint64_t pending_bytes;        // what flea reads when it makes the plan
@@ -194,7 +216,8 @@ struct Step {
 
 // State of one ggml backend object (a context of the host has its own).
 struct Stream {
-    ggml_backend_t inner = nullptr;  // the CPU backend that computes
+    ggml_backend_t inner = nullptr;  // the CPU or CUDA backend that computes
+    ggml_backend_event_t event = nullptr;  // on a GPU: recorded behind each piece
     ggml_threadpool_t threadpool = nullptr;
     int threads_count = 0;
     ggml_abort_callback abort_callback = nullptr;
@@ -221,6 +244,8 @@ bool wants_abort(const Stream * stream);
 // False for the branches of a graph that llama.cpp builds and does not choose: their inputs hold anything, and the CPU backend
 // passes them over.
 bool is_computed(const ggml_tensor * node);
+// Computes a piece of a graph. A GPU may still be at it when this returns.
+ggml_status compute_piece(Stream & stream, ggml_cgraph * piece);
 // True for two nodes that the CPU backend computes as one, if they are in one graph.
 bool is_fused_pair(const ggml_tensor * first, const ggml_tensor * second);
 
@@ -240,10 +265,13 @@ class Lease {
     bool take_if_ready(Model * model, uint32_t layer);
     void release();
     bool is_held() const { return model_ != nullptr; }
+    // What is leased is read by pieces of this stream; given back behind the last of them.
+    void bind(const Stream * stream) { stream_ = stream; }
 
   private:
     void hold(Model * model, uint32_t layer);
 
+    const Stream * stream_ = nullptr;
     Model * model_ = nullptr;
     uint32_t layer_ = 0;
 };
@@ -328,6 +356,8 @@ int32_t read_table(const Weight * weight, uint64_t from, uint64_t to, char * dat
 
 ggml_backend_dev_t device();
 ggml_backend_dev_t cpu_device();
+// The device that computes: a GPU or the CPU; NULL when it cannot be had.
+ggml_backend_dev_t inner_device();
 
 // ---- flea-stats.cpp
 
@@ -342,6 +372,7 @@ struct Counters {
     std::atomic<uint64_t> expert_groups { 0 };  // parts of operations whose experts did not fit into the cache together
     std::atomic<uint64_t> expert_guesses { 0 };  // experts guessed for the next layer
     std::atomic<uint64_t> expert_guesses_right { 0 };
+    std::atomic<uint64_t> releases_behind_gpu { 0 };  // leases given back behind an event
     std::atomic<uint64_t> row_cuts { 0 };  // graphs cut to see which rows are looked up
     std::atomic<uint64_t> peak_memory_bytes { 0 };
 };

@@ -20,7 +20,7 @@ namespace {
 
 constexpr const char * known_names[] = {
     "FLEA_MEMORY", "FLEA_MODEL", "FLEA_STATS", "FLEA_ENDPOINT", "FLEA_READER", "FLEA_LOG", "FLEA_FAULT", "FLEA_PROFILE",
-    "FLEA_MIRROR", "FLEA_EXPERTS",
+    "FLEA_MIRROR", "FLEA_EXPERTS", "FLEA_VRAM", "FLEA_GPU", "FLEA_GGML_CUDA",
 };
 
 std::string variable(const char * name) {
@@ -53,6 +53,15 @@ bool parse_experts(const std::string & text, std::string & error) {
     return true;
 }
 
+uint32_t parse_gpu(const std::string & text, const std::string & vram, std::string & error) {
+    if (text.empty()) { return 0; }
+    char * end = nullptr;
+    const unsigned long index = strtoul(text.c_str(), &end, 10);
+    if (text[0] < '0' || text[0] > '9' || *end != '\0' || index > 1023) { error = "FLEA_GPU=" + text + ": expected the number of a GPU, from 0"; }
+    else if (vram.empty()) { error = "FLEA_GPU=" + text + " needs FLEA_VRAM: how much of its memory weights may take (8GiB, or 25%)"; }
+    return (uint32_t) index;
+}
+
 void warn_unknown(LogLevel level) {
     if (level < LogLevel::warn) { return; }
     for (char ** entry = environ; *entry != nullptr; ++entry) {
@@ -64,7 +73,7 @@ void warn_unknown(LogLevel level) {
         }
         if (!known) {
             fprintf(stderr, "flea: warning: %.*s is not a variable flea knows; did you mean one of FLEA_MEMORY, FLEA_MODEL, "
-                    "FLEA_STATS, FLEA_ENDPOINT, FLEA_READER, FLEA_PROFILE, FLEA_LOG?\n", (int) length, *entry);
+                    "FLEA_STATS, FLEA_ENDPOINT, FLEA_READER, FLEA_VRAM, FLEA_GPU, FLEA_PROFILE, FLEA_LOG?\n", (int) length, *entry);
         }
     }
 }
@@ -79,6 +88,9 @@ Environment read_environment() {
     result.log      = parse_level(variable("FLEA_LOG"), result.error);
     result.reader   = parse_reader(variable("FLEA_READER"), result.error);
     result.experts  = parse_experts(variable("FLEA_EXPERTS"), result.error);
+    result.vram      = variable("FLEA_VRAM");
+    result.ggml_cuda = variable("FLEA_GGML_CUDA");
+    result.gpu_index = parse_gpu(variable("FLEA_GPU"), result.vram, result.error);
     warn_unknown(result.log);
     return result;
 }

@@ -76,6 +76,8 @@ std::unique_ptr<Model> open_model(Finder & f, const std::string & first_shard) {
     options.mirrors = env.mirrors.empty() ? nullptr : env.mirrors.c_str();
     options.endpoint = env.endpoint.empty() ? nullptr : env.endpoint.c_str();
     options.host_pending_bytes = &pending_bytes;
+    options.vram = env.vram.empty() ? nullptr : env.vram.c_str();
+    options.gpu_index = env.gpu_index;
 
     const int32_t status = flea_model_open(first_shard.c_str(), &options, &model->handle);
     if (status != FLEA_OK) {
@@ -304,6 +306,7 @@ int32_t configure(const ggml_flea_config * config) {
     guesses = config && config->guesses_experts;
     configured = false;
     kv_configure(config ? config->kv : nullptr);
+    gpu_configure(nullptr);
     if (!config) { return FLEA_OK; }
     auto model = std::make_unique<Model>();
     model->owned = false;
@@ -314,9 +317,15 @@ int32_t configure(const ggml_flea_config * config) {
         fail(FLEA_E_UNSUPPORTED, "no layers of a language model are in it: nothing to stream");
         return FLEA_E_UNSUPPORTED;
     }
+    gpu_configure(&model->info);
     f.config = *config;
     f.current = std::move(model);
     return FLEA_OK;
+}
+
+// In host memory it stays host memory, whoever has loaded it.
+void loaded() {
+    if (wants_gpu()) { skips_streamed = false; }
 }
 
 bool is_configured() { return configured.load(std::memory_order_relaxed); }
@@ -325,7 +334,8 @@ bool loader_skips_streamed() { return skips_streamed.load(std::memory_order_rela
 
 bool guesses_experts() { return guesses.load(std::memory_order_relaxed); }
 
-bool waits_for_parts() { return !whole_layers.load(std::memory_order_relaxed); }
+// A GPU computes faster than any link brings a layer: there is nothing to gain from its first part.
+bool waits_for_parts() { return !whole_layers.load(std::memory_order_relaxed) && !wants_gpu(); }
 
 flea_model * current_handle() {
     std::lock_guard<std::mutex> guard(finder().mutex);
@@ -349,6 +359,8 @@ void stats_current() {
 }
 
 }  // namespace ggml_flea
+
+void ggml_backend_flea_loaded(void) { ggml_flea::loaded(); }
 
 int32_t ggml_backend_flea_configure(const ggml_flea_config * config) { return ggml_flea::configure(config); }
 

@@ -1,7 +1,7 @@
 // graph_compute: the walk that makes streaming work.
 //
 // The nodes of a graph come in the order of computation, and each weight knows its layer. The graph is cut where the layer
-// changes; each piece is computed by an inner CPU backend while that one layer is leased. Because the whole graph is seen
+// changes; each piece is computed by an inner CPU or CUDA backend while that one layer is leased. Because the whole graph is seen
 // ahead, flea is told the order before it starts. At most one lease is held by a stream at a time (two or more only
 // for a node whose weights lie in several layers), it is given back before the next is taken, and none outlives the call: any
 // number of contexts make progress with three slots.
@@ -34,6 +34,8 @@ constexpr std::chrono::seconds busy_limit { 120 };
 
 bool can_cut_rows(const ggml_tensor * node, const Weight * weight) {
     const ggml_tensor * matrix = node->src[0];
+    // ggml-cuda reads quantised rows in steps of 512, past the last one of a band: what lies there has to be numbers.
+    if (wants_gpu() && ((ggml_is_quantized(matrix->type) && matrix->ne[0] % 512 != 0) || node->ne[2] != 1 || node->ne[3] != 1)) { return false; }
     return node->op == GGML_OP_MUL_MAT && weight_of(matrix) == weight && matrix->data == weight->data && matrix->ne[2] == 1 &&
            matrix->ne[3] == 1 && ggml_nbytes(matrix) == weight->bytes;
 }
@@ -153,6 +155,35 @@ void forget_order(const Stream & stream) {
 
 // ---- computing
 
+// The same operation on a band of rows of its matrix: strides of the result stay, so each band lands in its place. On a GPU
+// one column of the result at a time, for cuBLAS writes none whose columns lie apart: the band is read again for each, but it is
+// in VRAM by then.
+struct Bands {
+    ggml_tensor matrix;
+    std::vector<ggml_tensor> inputs;
+    std::vector<ggml_tensor> results;
+    std::vector<ggml_tensor *> nodes;
+
+    Bands(const ggml_tensor * node, int64_t first, int64_t end)
+        : matrix(*node->src[0]), inputs(gpu() ? (size_t) node->ne[1] : 1, *node->src[1]), results(inputs.size(), *node) {
+        matrix.data  = (char *) matrix.data + first * (int64_t) matrix.nb[1];
+        matrix.ne[1] = end - first;
+        matrix.nb[2] = matrix.nb[3] = matrix.nb[1] * (size_t) matrix.ne[1];
+        for (size_t column = 0; column < results.size(); ++column) {
+            ggml_tensor & result = results[column];
+            result.data  = (char *) result.data + first * (int64_t) result.nb[0] + column * result.nb[1];
+            result.ne[0] = end - first;
+            result.src[0] = &matrix;
+            result.src[1] = &inputs[column];
+            inputs[column].data = (char *) inputs[column].data + column * inputs[column].nb[1];
+            if (results.size() > 1) { inputs[column].ne[1] = result.ne[1] = 1; }
+            nodes.push_back(&result);
+        }
+    }
+    Bands(const Bands &) = delete;
+    Bands & operator=(const Bands &) = delete;
+};
+
 ggml_status compute_cut(Stream & stream, ggml_cgraph * graph, const Step & step, Lease & lease, int32_t * status) {
     ggml_tensor * node = ggml_graph_node(graph, step.begin);
     const Weight * weight = weight_of(node->src[0]);
@@ -164,19 +195,11 @@ ggml_status compute_cut(Stream & stream, ggml_cgraph * graph, const Step & step,
         *status = lease.take(step.model, (uint32_t) layer, &stream);
         if (*status != FLEA_OK) { return GGML_STATUS_FAILED; }
 
-        // The same operation on a band of rows: strides of the result stay, so each band lands in its place.
-        ggml_tensor matrix = *node->src[0];
-        matrix.data  = (char *) matrix.data + first * (int64_t) matrix.nb[1];
-        matrix.ne[1] = end - first;
-        matrix.nb[2] = matrix.nb[3] = matrix.nb[1] * (size_t) matrix.ne[1];
-        ggml_tensor band = *node;
-        band.data   = (char *) band.data + first * (int64_t) band.nb[0];
-        band.ne[0]  = end - first;
-        band.src[0] = &matrix;
-        ggml_tensor * nodes[] = { &band };
+        Bands bands(node, first, end);
         ggml_cgraph piece = ggml_graph_view(graph, step.begin, step.end);
-        piece.nodes = nodes;
-        const ggml_status computed = ggml_backend_graph_compute(stream.inner, &piece);
+        piece.nodes = bands.nodes.data();
+        piece.n_nodes = (int) bands.nodes.size();
+        const ggml_status computed = compute_piece(stream, &piece);
         counters.pieces++;
         if (computed != GGML_STATUS_SUCCESS) { return computed; }
     }
@@ -191,6 +214,7 @@ int32_t take_together(const Step & step, const Stream & stream, std::vector<std:
         int32_t status = FLEA_OK;
         for (int32_t layer = step.layer; layer <= step.layer_last && status == FLEA_OK; ++layer) {
             leases.push_back(std::make_unique<Lease>());
+            leases.back()->bind(&stream);
             status = leases.back()->try_take(step.model, (uint32_t) layer);
         }
         if (status == FLEA_OK) { return status; }
@@ -208,7 +232,7 @@ ggml_status compute_together(Stream & stream, ggml_cgraph * graph, const Step & 
     if (*status != FLEA_OK) { return GGML_STATUS_FAILED; }
     ggml_cgraph piece = ggml_graph_view(graph, step.begin, step.end);
     counters.pieces++;
-    return ggml_backend_graph_compute(stream.inner, &piece);
+    return compute_piece(stream, &piece);
 }
 
 ggml_status compute_step(Stream & stream, ggml_cgraph * graph, const Step & step, Lease & lease, int32_t * status) {
@@ -238,10 +262,12 @@ ggml_status compute_step(Stream & stream, ggml_cgraph * graph, const Step & step
     }
     ggml_cgraph piece = ggml_graph_view(graph, step.begin, step.end);
     counters.pieces++;
-    return ggml_backend_graph_compute(stream.inner, &piece);
+    return compute_piece(stream, &piece);
 }
 
 }  // namespace
+
+ggml_status compute_piece(Stream & stream, ggml_cgraph * piece) { return ggml_backend_graph_compute_async(stream.inner, piece); }
 
 // ---- leases
 
@@ -288,7 +314,16 @@ int32_t Lease::take(Model * model, uint32_t layer, const Stream * stream) {
 
 void Lease::release() {
     if (!model_) { return; }
-    const int32_t status = flea_release(model_->handle, layer_);
+    int32_t status = FLEA_OK;
+    if (stream_ && stream_->event) {
+        // The slot is filled anew behind what the GPU was asked to do; nobody waits here. ggml-cuda keeps its event in `context`.
+        ggml_backend_event_record(stream_->event, stream_->inner);
+        status = flea_release_after(model_->handle, layer_, stream_->event->context);
+        counters.releases_behind_gpu++;
+    } else {
+        if (stream_) { ggml_backend_synchronize(stream_->inner); }
+        status = flea_release(model_->handle, layer_);
+    }
     if (status != FLEA_OK) { fail_flea(status, "releasing layer " + std::to_string(layer_)); }
     model_ = nullptr;
 }
@@ -324,22 +359,30 @@ ggml_status graph_compute(Stream & stream, ggml_cgraph * graph) {
     cut_graph(graph, stream.steps);
     int32_t status = prepare_rows(graph, stream.steps);
     if (status != FLEA_OK) { return GGML_STATUS_FAILED; }
+    if (gpu()) { hand_weights_to_gpu(); }
     tell_order(stream);
     tell_first_experts(stream, graph);
     Lease lease;
+    lease.bind(&stream);
     KvLease kv;
     for (const Step & step : stream.steps) {
         const bool has_kv = with_kv_of(step, graph, kv, &status);
         const ggml_status computed = has_kv ? compute_step(stream, graph, step, lease, &status) : GGML_STATUS_FAILED;
         if (computed == GGML_STATUS_SUCCESS) { continue; }
+        const bool is_failure = has_kv && status != FLEA_OK && status != FLEA_E_CANCELED;
+        if (is_failure) {
+            report(*step.model, step.layer, status);
+            // ggml-cuda ends the process at its next call when the GPU is lost: now or never.
+            if (gpu() && status == FLEA_E_IO && is_configured()) { log_line(LogLevel::error, "layer %d: %s", step.layer, flea_last_error()); }
+        }
         lease.release();
+        ggml_backend_synchronize(stream.inner);
         forget_order(stream);
         forget_experts(stream);
-        if (status == FLEA_E_CANCELED) { return GGML_STATUS_ABORTED; }
-        if (has_kv && status != FLEA_OK) { report(*step.model, step.layer, status); }
-        return computed;
+        return status == FLEA_E_CANCELED ? GGML_STATUS_ABORTED : computed;
     }
     lease.release();
+    ggml_backend_synchronize(stream.inner);  // to the host this device does nothing behind its back
     forget_experts(stream);
     sample_memory();
     return GGML_STATUS_SUCCESS;

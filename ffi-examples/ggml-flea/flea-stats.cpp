@@ -147,6 +147,15 @@ std::string json(const Snapshot & s) {
     object.number("expert_bytes_unused", stats.expert_bytes_unused);
     object.number("expert_guesses", counters.expert_guesses);
     object.number("expert_guesses_right", counters.expert_guesses_right);
+    object.number("vram_budget_bytes", info.vram_budget_bytes);
+    object.number("vram_resident_bytes", info.vram_resident_bytes);
+    object.number("vram_ring_bytes", info.vram_ring_bytes);
+    object.number("link_bytes_per_pass", info.link_bytes_per_pass);
+    object.number("h2d_bytes", stats.h2d_bytes);
+    object.number("h2d_pinned_bytes", stats.h2d_pinned_bytes);
+    object.number("h2d_resident_bytes", stats.h2d_resident_bytes);
+    object.number("pinned_bytes", stats.pinned_bytes);
+    object.number("releases_behind_gpu", counters.releases_behind_gpu);
     const char * text = nullptr;
     const int32_t status = ggml_backend_flea_last_failure(&text);
     object.raw("error", status == FLEA_OK ? "null" : "{\"status\":" + quoted(flea_status_name(status)) + ",\"message\":" + quoted(text) + "}");
@@ -208,6 +217,8 @@ void stats_start() {
 }
 
 }  // namespace ggml_flea
+
+uint64_t ggml_backend_flea_releases_behind_gpu(void) { return ggml_flea::counters.releases_behind_gpu; }
 
 uint64_t ggml_backend_flea_loader_bytes(void) { return ggml_flea::counters.loader_bytes; }
 

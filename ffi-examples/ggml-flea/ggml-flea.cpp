@@ -1,7 +1,7 @@
 // The ggml device FLEA: registration, device, backend.
 //
 // One device of type GPU (ACCEL would make llama.cpp switch flash attention off) with one buffer type for weights, KV cache
-// and compute. It computes with the CPU backend the host has already; what it adds is that weights are where they are
+// and compute. It computes with the CPU or CUDA backend the host has already; what it adds is that weights are where they are
 // needed when they are needed. The same source is a plugin (libggml-flea.so through GGML_BACKEND_PATH) and part of `flea`.
 
 #include <cstring>
@@ -38,6 +38,7 @@ void set_n_threads(ggml_backend_t backend, int n_threads) {
     Stream & stream = stream_of(backend);
     if (stream.threads_count == n_threads) { return; }
     stream.threads_count = n_threads;
+    if (gpu()) { return; }
     const auto set = cpu_function<ggml_backend_set_n_threads_t>("ggml_backend_set_n_threads");
     const auto set_threadpool = cpu_function<set_threadpool_t>("ggml_backend_cpu_set_threadpool");
     const auto threadpool_new = cpu_function<threadpool_new_t>("ggml_threadpool_new");
@@ -53,6 +54,7 @@ void set_abort_callback(ggml_backend_t backend, ggml_abort_callback callback, vo
     Stream & stream = stream_of(backend);
     stream.abort_callback = callback;
     stream.abort_data = data;
+    if (gpu()) { return; }  // asked between two pieces
     const auto set = cpu_function<ggml_backend_set_abort_callback_t>("ggml_backend_set_abort_callback");
     if (set) { set(stream.inner, callback, data); }
 }
@@ -68,6 +70,12 @@ void backend_free(ggml_backend_t backend) {
 
 ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * graph) { return graph_compute(stream_of(backend), graph); }
 
+// ggml-cuda keeps apart, before memory is laid out, what it will compute as one.
+void backend_optimize(ggml_backend_t backend, ggml_cgraph * graph, ggml_backend_graph_optimize_params * params) {
+    const ggml_backend_t inner = stream_of(backend).inner;
+    if (inner->iface.graph_optimize) { inner->iface.graph_optimize(inner, graph, params); }
+}
+
 // Everything the device does is finished when the call returns, so an event has always happened.
 void event_record(ggml_backend_t, ggml_backend_event_t) {}
 void event_wait(ggml_backend_t, ggml_backend_event_t) {}
@@ -80,7 +88,7 @@ ggml_guid_t backend_guid() {
 ggml_backend_t device_init(ggml_backend_dev_t dev, const char *) {
     auto stream = std::make_unique<Stream>();
     if (!stream->inner) {
-        fail(FLEA_E_UNSUPPORTED, "this program has no ggml CPU backend to compute with");
+        if (!wants_gpu()) { fail(FLEA_E_UNSUPPORTED, "this program has no ggml CPU backend to compute with"); }
         return nullptr;
     }
     auto * backend = new ggml_backend {};
@@ -90,6 +98,7 @@ ggml_backend_t device_init(ggml_backend_dev_t dev, const char *) {
     backend->iface.get_name = backend_name;
     backend->iface.free = backend_free;
     backend->iface.graph_compute = backend_compute;
+    if (gpu()) { backend->iface.graph_optimize = backend_optimize; }
     backend->iface.event_record = event_record;
     backend->iface.event_wait = event_wait;
     return backend;
@@ -110,8 +119,15 @@ const char * device_description(ggml_backend_dev_t) {
 void device_memory(ggml_backend_dev_t, size_t * free, size_t * total) {
     uint64_t model_bytes = 0;
     uint64_t smallest_bytes = 0;
-    if (!current_sizes(&model_bytes, &smallest_bytes)) {
-        ggml_backend_dev_memory(cpu_device(), free, total);
+    const ggml_backend_dev_t inner = inner_device();
+    if (!inner || !current_sizes(&model_bytes, &smallest_bytes)) {
+        ggml_backend_dev_memory(inner ? inner : cpu_device(), free, total);
+        return;
+    }
+    if (gpu()) {
+        // The pool is taken already: what is free is for keys, values and computing.
+        ggml_backend_dev_memory(inner, free, total);
+        *free = *total = model_bytes + fit_margin_bytes + *free;
         return;
     }
     *free = *total = model_bytes + fit_margin_bytes + offered_bytes(model_bytes, smallest_bytes);
@@ -155,21 +171,25 @@ bool supports_source(const ggml_tensor * op, int src_index) {
     const ggml_tensor * src = op->src[src_index];
     const ggml_tensor * root = src->view_src ? src->view_src : src;
     if (!root->buffer) { return true; }
-    if (root->buffer->buft != buffer_type()) { return ggml_backend_buffer_is_host(root->buffer); }
-    if (root->buffer->size == 0) { return supports_future_weight(op, src_index, root); }
-    const Weight * weight = weight_of(root);
-    return !weight || weight->serves(op, src_index);
+    const bool is_ours = root->buffer->buft == buffer_type();
+    if (is_ours && root->buffer->size == 0) { return supports_future_weight(op, src_index, root); }
+    if (const Weight * weight = weight_of(root)) { return weight->serves(op, src_index); }
+    // A GPU gets copies of what is in host memory from the scheduler.
+    return is_ours || gpu() || ggml_backend_buffer_is_host(root->buffer);
 }
 
 bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     for (int i = 0; i < GGML_MAX_SRC; ++i) {
         if (op->src[i] && !supports_source(op, i)) { return false; }
     }
-    return ggml_backend_dev_supports_op(cpu_device(), op);
+    const ggml_backend_dev_t inner = inner_device();
+    return inner && ggml_backend_dev_supports_op(inner, op);
 }
 
 bool device_supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t buft) {
-    return buft == buffer_type() || ggml_backend_buft_is_host(buft);
+    if (buft == buffer_type()) { return true; }
+    const Gpu * on = gpu();
+    return on ? ggml_backend_dev_supports_buft(on->device, buft) : ggml_backend_buft_is_host(buft);
 }
 
 ggml_backend_event_t event_new(ggml_backend_dev_t dev) { return new ggml_backend_event { dev, nullptr }; }
@@ -229,12 +249,23 @@ ggml_backend_dev_t cpu_device() {
     return dev;
 }
 
-Stream::Stream()
-    : inner(cpu_device() ? ggml_backend_dev_init(cpu_device(), nullptr) : nullptr), guesses_experts(ggml_flea::guesses_experts()) {}
+ggml_backend_dev_t inner_device() {
+    if (!wants_gpu()) { return cpu_device(); }
+    const Gpu * on = gpu();
+    return on ? on->device : nullptr;
+}
+
+Stream::Stream() : guesses_experts(ggml_flea::guesses_experts()) {
+    const ggml_backend_dev_t dev = inner_device();
+    inner = dev ? ggml_backend_dev_init(dev, nullptr) : nullptr;
+    // None in a build without copies between GPUs: leases then wait for the GPU.
+    if (inner && gpu()) { event = ggml_backend_event_new(dev); }
+}
 
 Stream::~Stream() {
     if (!inner) { return; }
-    free_threadpool(*this);
+    if (event) { ggml_backend_event_free(event); }
+    if (threadpool) { free_threadpool(*this); }
     ggml_backend_free(inner);
 }
 

@@ -6,8 +6,9 @@
  *   1. flea_model_open(path, options with FLEA_OPEN_DEFER_PLAN and host_pending_bytes = ggml_backend_flea_pending_bytes())
  *   2. ggml_backend_flea_configure(&config with that model)
  *   3. ggml_backend_register(ggml_backend_flea_reg()), then load the model with all layers on the device FLEA
- *   4. ... llama_decode ..., free the context, free the llama model
- *   5. ggml_backend_flea_configure(NULL), flea_model_close(model)
+ *   4. ggml_backend_flea_loaded()
+ *   5. ... llama_decode ..., free the context, free the llama model
+ *   6. ggml_backend_flea_configure(NULL), flea_model_close(model)
  */
 #ifndef GGML_FLEA_H
 #define GGML_FLEA_H
@@ -66,6 +67,14 @@ typedef struct ggml_flea_config {
   bool guesses_experts;
 } ggml_flea_config;
 
+/* Looks for ggml's device of a GPU (CUDA<index>), on which a model computes that was opened with flea_open_options.vram. Where
+   the program has none, `library` is loaded (a libggml-cuda.so of the very version of ggml in this program; NULL: none). Returns
+   FLEA_OK, or NOTFOUND, INVALID or UNSUPPORTED with a text in ggml_backend_flea_last_failure. Any thread. */
+GGML_FLEA_API int32_t ggml_backend_flea_find_gpu(uint32_t index, const char *library);
+
+/* Says that a loader which skipped streamed tensors has finished: on a GPU the device's memory is host memory no more. */
+GGML_FLEA_API void ggml_backend_flea_loaded(void);
+
 /* The backend's registration; one static object, never freed. Any thread. */
 GGML_FLEA_API ggml_backend_reg_t ggml_backend_flea_reg(void);
 
@@ -86,6 +95,9 @@ GGML_FLEA_API int32_t ggml_backend_flea_last_failure(const char **text);
 
 /* Bytes the host's loader handed over for streamed weights and that were dropped; 0 where the loader skips them. */
 GGML_FLEA_API uint64_t ggml_backend_flea_loader_bytes(void);
+
+/* Leases that were given back behind an event of the GPU, nobody waiting for it. */
+GGML_FLEA_API uint64_t ggml_backend_flea_releases_behind_gpu(void);
 
 /* Pieces of graphs that were computed before their layer was whole. */
 GGML_FLEA_API uint64_t ggml_backend_flea_early_pieces(void);

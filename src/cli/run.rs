@@ -11,6 +11,7 @@ use signal_hook::flag;
 
 use crate::cli;
 use crate::cli::run::answer::{print_answer, say_summary};
+use crate::cli::run::gpu::GpuArgs;
 use crate::cli::run::kv_disk::KvArgs;
 use crate::cli::run::logits::LogitsFile;
 use crate::cli::run::progress::{Loading, Reading};
@@ -27,6 +28,7 @@ use crate::proto::SOCKET_DEFAULT;
 use crate::units::MemorySpec;
 
 mod answer;
+mod gpu;
 mod kv_disk;
 mod logits;
 mod progress;
@@ -42,6 +44,8 @@ static EXIT_AT_ONCE: AtomicBool = AtomicBool::new(false);
 Without -p, -f and --prompt-tokens the prompt is read from standard input; --chat alone is a conversation.
 --memory bounds everything the process holds: weights, KV cache, compute memory and itself. A percentage means that
 share of the weights, with the rest on top. Left out, it is what is free under every limit, less a margin.
+--gpu N --vram SIZE computes on a GPU too small for the model: what does not stay in its memory is kept in host memory, as far
+as --memory allows, or read from the drive, and copied in before each layer runs.
 --kv-disk keeps --kv-slots layers of the KV cache in memory and reads the others once per pass: each token then reads
 what the context holds. States of recurrent models stay in memory; models without flash attention are refused.")]
 pub struct Args {
@@ -140,6 +144,9 @@ pub struct Args {
         conflicts_with_all = ["no_stream", "slots", "page_bytes", "request_bytes", "depth"]
     )]
     daemon: Option<PathBuf>,
+
+    #[command(flatten)]
+    gpu: GpuArgs,
 
     #[command(flatten)]
     kv: KvArgs,
@@ -372,6 +379,7 @@ fn session_options(args: &Args) -> Result<SessionOptions> {
             expert_prefetch: streaming.expert_prefetch,
             host_rows: streaming.host_rows,
             mirrors: streaming.mirror.clone(),
+            gpu: args.gpu.run(),
         }),
         context_tokens: args.ctx,
         ubatch_tokens: args.ubatch,

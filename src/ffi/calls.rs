@@ -195,7 +195,8 @@ pub unsafe extern "C" fn flea_acquire(
     })
 }
 
-/// Gives back one lease of a layer. Its bytes may change from now on.
+/// Gives back one lease of a layer. Its bytes may change from now on. On a GPU: nothing there reads the layer any more; see
+/// flea_release_after.
 ///
 /// Threads: any, also another than the acquire's. Returns FLEA_OK or INVALID (the layer is not acquired).
 ///
@@ -210,6 +211,29 @@ pub unsafe extern "C" fn flea_release(model: *mut flea_model, layer: u32) -> i32
     })
 }
 
+/// Gives back one lease of a layer that a GPU still reads: its bytes change only when everything is done that `cuda_event`
+/// stands for. The host does not wait, and may record the event anew at once.
+///
+/// `cuda_event`: a `CUevent` or `cudaEvent_t` of flea_open_options.gpu_index, recorded behind the last kernel that reads the
+/// layer. A captured CUDA graph that reads the layer must be launched anew under each lease; its addresses stay as they are.
+/// Threads: any, also another than the acquire's. Returns FLEA_OK or: INVALID (the layer is not acquired, or the model is not on
+/// a GPU: use flea_release there), IO (the GPU is lost).
+///
+/// # Safety
+/// `model` is open; `cuda_event` is alive during the call.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flea_release_after(
+    model: *mut flea_model,
+    layer: u32,
+    cuda_event: *mut c_void,
+) -> i32 {
+    guard(|| {
+        // SAFETY: by this function's contract.
+        unsafe { handle(model)?.model.release_after(layer, cuda_event) }?;
+        Ok(0)
+    })
+}
+
 /// Waits until all ranges are in memory and keeps them there until flea_release_ranges with the same ranges: for weights that
 /// are known only at run time, such as the experts that a router chose. All reads of a call are started at once.
 ///
@@ -217,7 +241,8 @@ pub unsafe extern "C" fn flea_release(model: *mut flea_model, layer: u32) -> i32
 /// layer is a lease of that range of the layer, as flea_acquire gives it. A call gets all of its ranges or none.
 /// `timeout_ns`: below 0 waits for ever, 0 starts the reads and says whether they were needed.
 /// Threads: any. Returns FLEA_OK or: INVALID (a range that is not all weights), REFUSED (more experts than their cache has
-/// slots: ask for fewer at a time), BUSY (this thread holds what it would wait for), and what flea_acquire returns.
+/// slots: ask for fewer at a time), BUSY (this thread holds what it would wait for), UNSUPPORTED (on a GPU, where experts
+/// come with their layer), and what flea_acquire returns.
 ///
 /// # Safety
 /// `model` is open; `ranges` has `count` elements.

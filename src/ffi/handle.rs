@@ -43,7 +43,15 @@ impl Handle {
         let parsed = parse_options(options, Arc::clone(&pending_bytes))?;
         let handle_pending = options.host_pending_bytes;
         read_pending(handle_pending, &pending_bytes);
-        let model = Opened::open(&path, &endpoint, parsed)?;
+        // SAFETY: NULL or a string that is valid during the call, by flea_model_open's contract.
+        let model = match unsafe { text(options.vram, "vram") }? {
+            None => Opened::open(&path, &endpoint, parsed)?,
+            Some(vram) => {
+                let vram = vram.parse().map_err(invalid)?;
+                let (index, slots_count) = (options.gpu_index, options.vram_slots_count);
+                Opened::open_on_gpu(&path, index, vram, slots_count, parsed)?
+            }
+        };
         let text = |text: &str| CString::new(text.replace('\0', "?")).unwrap_or_default();
         let names = model
             .catalog()
@@ -63,7 +71,7 @@ impl Handle {
 
     /// Takes over what the host says it has reserved, as long as no plan is made.
     pub fn refresh_pending(&self) {
-        if self.model.plan().is_none() {
+        if !self.model.is_planned() {
             read_pending(self.pending, &self.pending_bytes);
         }
     }
@@ -72,10 +80,11 @@ impl Handle {
         let catalog = self.model.catalog();
         let plan = self.model.plan();
         let budget = self.model.budget();
+        let gpu = self.model.gpu().unwrap_or_default();
         let count = |len: usize| u32::try_from(len).unwrap_or(u32::MAX);
         flea_info {
             struct_size,
-            planned: u32::from(plan.is_some()),
+            planned: u32::from(self.model.is_planned()),
             layer_count: count(catalog.layers.len()),
             tensor_count: count(catalog.tensors.len()),
             shard_count: count(catalog.shards.len()),
@@ -97,6 +106,12 @@ impl Handle {
             architecture: self.architecture.as_ptr(),
             expert_cache_bytes: plan.map_or(0, |plan| plan.expert_cache_bytes),
             rows_bytes: self.model.rows_bytes(),
+            vram_budget_bytes: gpu.vram_budget_bytes,
+            vram_resident_bytes: gpu.vram_resident_bytes,
+            vram_ring_bytes: gpu.vram_ring_bytes,
+            link_bytes_per_pass: gpu.link_bytes_per_pass,
+            gpu_index: gpu.index,
+            reserved: 0,
         }
     }
 
@@ -145,6 +160,7 @@ impl Handle {
 
     pub fn stats(&self, struct_size: u32) -> flea_stats_data {
         let stats = self.model.stats();
+        let link = self.model.link_counters();
         flea_stats_data {
             struct_size,
             reader: reader_number(stats.reader),
@@ -178,6 +194,11 @@ impl Handle {
             expert_reads_ahead: stats.experts.ahead,
             expert_bytes_read_ahead: stats.experts.ahead_bytes,
             expert_bytes_unused: stats.experts.unused_bytes,
+            h2d_bytes: link.h2d_bytes,
+            h2d_pinned_bytes: link.h2d_pinned_bytes,
+            h2d_resident_bytes: link.h2d_resident_bytes,
+            h2d_copies: link.copies,
+            pinned_bytes: link.pinned_bytes,
         }
     }
 }
@@ -221,6 +242,7 @@ fn refuse_local_options(options: &flea_open_options) -> Result<()> {
         ("page_bytes", options.page_bytes != 0),
         ("request_bytes", options.request_bytes != 0),
         ("depth", options.depth != 0),
+        ("vram", !options.vram.is_null()),
     ];
     match set.iter().find(|(_, set)| *set) {
         None => Ok(()),

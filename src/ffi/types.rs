@@ -124,6 +124,14 @@ pub struct flea_open_options {
     /// Directories with copies of the model's files, separated by ':', to be read from as well; NULL = none. Read during
     /// the call only.
     pub mirrors: *const c_char,
+    /// Weights in the memory of an NVIDIA GPU: how much of it they may take, "8GiB", or "25%" of the model. NULL = in host
+    /// memory. What does not stay there is kept in host memory, as far as `memory` or `pool_bytes` allow, or read from the
+    /// drive in each pass. UNSUPPORTED where libflea is built without CUDA, or no driver is there. Read during the call only.
+    pub vram: *const c_char,
+    /// Which GPU, as the CUDA driver counts them, from 0. Without meaning where `vram` is NULL.
+    pub gpu_index: u32,
+    /// Slots of the ring in its memory, 2 to 64; 0 = 3.
+    pub vram_slots_count: u32,
 }
 
 /// What a model is, and how it was planned. Fields marked (plan) are 0 until the plan is made.
@@ -170,6 +178,19 @@ pub struct flea_info {
     pub expert_cache_bytes: u64,
     /// What flea_read_rows holds in memory, in bytes: a part of host_bytes.
     pub rows_bytes: u64,
+    /// What weights may take of a GPU's memory, in bytes; 0 where they are in host memory. All addresses of the model are the
+    /// GPU's then, slots_count is that of its ring, and the figures of the plan above are those of the host memory below.
+    pub vram_budget_bytes: u64,
+    /// Weights that stay there, in bytes.
+    pub vram_resident_bytes: u64,
+    /// All slots there, in bytes.
+    pub vram_ring_bytes: u64,
+    /// Bytes that come over the link (PCIe) in each pass, from host memory and drive together.
+    pub link_bytes_per_pass: u64,
+    /// Which GPU; 0 also where there is none: see vram_budget_bytes.
+    pub gpu_index: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 /// One tensor of a model.
@@ -199,7 +220,8 @@ pub struct flea_tensor {
     /// Which file, counted from 0.
     pub shard: u32,
     /// Its constant address; NULL when `layer` is -1 and it has no FLEA_TENSOR_ROWS. Readable only while its layer is
-    /// acquired, and never where `layer` is -1.
+    /// acquired, and never where `layer` is -1. With flea_open_options.vram a device pointer, for the GPU alone, aligned to 128
+    /// bytes and, where it is quantised, followed by as many zeros as ggml's kernels read.
     pub data: *const c_void,
     /// Its name. Lives as long as the model.
     pub name: *const c_char,
@@ -267,6 +289,16 @@ pub struct flea_stats_data {
     pub expert_bytes_read_ahead: u64,
     /// Of those bytes: gone again before anybody acquired them.
     pub expert_bytes_unused: u64,
+    /// Bytes copied into a GPU's memory. On a GPU acquires, releases, loads and stalls are those of the leases there.
+    pub h2d_bytes: u64,
+    /// Of those: out of pinned memory.
+    pub h2d_pinned_bytes: u64,
+    /// Of those: into pages that stay there, once.
+    pub h2d_resident_bytes: u64,
+    /// Copies they took.
+    pub h2d_copies: u64,
+    /// Host memory that is pinned, in bytes.
+    pub pinned_bytes: u64,
 }
 
 /// A range of a model's addresses.

@@ -14,7 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ffi::calls;
 use crate::ffi::handle::model_of;
 use crate::ffi::types::{self, flea_info, flea_model, flea_open_options, flea_stats_data};
-use crate::host::figures::Figures;
+use crate::host::figures::{Figures, GpuFigures};
 use crate::host::kv_disk::{KvCalls, KvDisk};
 use crate::proto::Opened;
 
@@ -33,6 +33,9 @@ unsafe extern "C" {
     fn ggml_backend_flea_reg() -> llama::ggml_backend_reg_t;
     fn ggml_backend_flea_configure(config: *const Config) -> i32;
     fn ggml_backend_flea_pending_bytes() -> *const u64;
+    fn ggml_backend_flea_find_gpu(index: u32, library: *const c_char) -> i32;
+    fn ggml_backend_flea_loaded();
+    fn ggml_backend_flea_releases_behind_gpu() -> u64;
     fn ggml_backend_flea_early_pieces() -> u64;
     fn ggml_backend_flea_expert_cuts() -> u64;
     fn ggml_backend_flea_expert_guesses(right: *mut u64) -> u64;
@@ -68,6 +71,21 @@ pub struct StreamOptions {
     pub host_rows: bool,
     /// Directories with copies of the model.
     pub mirrors: Vec<PathBuf>,
+    /// Weights on a GPU, which computes; `None` = in host memory.
+    pub gpu: Option<GpuRun>,
+}
+
+/// Which GPU computes, and how much of its memory weights may take.
+#[derive(Debug, Clone)]
+pub struct GpuRun {
+    /// Its number, from 0.
+    pub index: u32,
+    /// A size, or a share of the model.
+    pub vram: String,
+    /// 0 = default.
+    pub slots_count: u32,
+    /// ggml's library for it: this program has none of its own.
+    pub library: Option<PathBuf>,
 }
 
 /// The streamed model.
@@ -95,6 +113,25 @@ impl Drop for Handle {
     fn drop(&mut self) {
         // SAFETY: opened by flea_model_open, closed once, and no lease is held between two decodes.
         unsafe { calls::flea_model_close(self.0) };
+    }
+}
+
+/// Looks for ggml's own device of the GPU.
+fn find_gpu(gpu: &GpuRun) -> Result<()> {
+    let library = gpu
+        .library
+        .as_ref()
+        .map(|path| CString::new(path.as_os_str().as_encoded_bytes()))
+        .transpose()
+        .map_err(|_| Error::new(ErrorKind::Invalid, "a NUL byte in --ggml-cuda"))?;
+    let library = library
+        .as_ref()
+        .map_or(std::ptr::null(), |path| path.as_ptr());
+    // SAFETY: NULL or a path that lives over the call.
+    match unsafe { ggml_backend_flea_find_gpu(gpu.index, library) } {
+        0.. => Ok(()),
+        status => Err(last_failure()
+            .unwrap_or_else(|| Error::new(kind_of(status), "ggml has no device for the GPU"))),
     }
 }
 
@@ -162,6 +199,11 @@ impl Streamed {
             .transpose()
             .map_err(nul)?;
         let mirrors = mirror_list(&options.mirrors)?;
+        let gpu = options.gpu.as_ref();
+        let vram = gpu
+            .map(|gpu| CString::new(gpu.vram.as_str()))
+            .transpose()
+            .map_err(nul)?;
         // SAFETY: all-zero is a valid flea_open_options: the defaults (include/flea.h).
         let mut raw: flea_open_options = unsafe { std::mem::zeroed() };
         raw.struct_size = size_of::<flea_open_options>() as u32;
@@ -182,6 +224,11 @@ impl Streamed {
         raw.endpoint = endpoint
             .as_ref()
             .map_or(std::ptr::null(), |text| text.as_ptr());
+        if let (Some(gpu), Some(vram)) = (gpu, &vram) {
+            raw.vram = vram.as_ptr();
+            raw.gpu_index = gpu.index;
+            raw.vram_slots_count = gpu.slots_count;
+        }
         // SAFETY: the pointer is valid for the life of the program (ggml-flea.h).
         raw.host_pending_bytes = unsafe { ggml_backend_flea_pending_bytes() };
         let mut model = std::ptr::null_mut();
@@ -192,6 +239,9 @@ impl Streamed {
             return Err(last_error(status));
         }
         let handle = Arc::new(Handle(model));
+        if let Some(gpu) = gpu {
+            find_gpu(gpu)?;
+        }
         let kv_calls = kv_disk.as_ref().map(KvDisk::calls);
         let config = Config {
             struct_size: size_of::<Config>() as u32,
@@ -250,6 +300,12 @@ impl Streamed {
     /// Keys and values that are moved out of memory.
     pub(crate) const fn kv_disk(&self) -> Option<&KvDisk> {
         self.kv_disk.as_ref()
+    }
+
+    /// llama.cpp has read what it reads by itself.
+    pub(crate) fn loaded(&self) {
+        // SAFETY: sets a flag of the device, from any thread.
+        unsafe { ggml_backend_flea_loaded() };
     }
 
     /// Why computing failed, if it was here.
@@ -325,7 +381,8 @@ impl Handle {
     /// Writes plan and counters into `figures`.
     pub(crate) fn fill(&self, figures: &mut Figures) -> Result<()> {
         let (info, stats) = (self.info()?, self.stats()?);
-        if info.planned != 0 {
+        // Everything in the memory of a GPU: no budget of host memory was made.
+        if info.planned != 0 && info.total_bytes > 0 {
             figures.total_bytes = Some(info.total_bytes);
             figures.host_bytes = Some(info.host_bytes);
             figures.weight_budget_bytes = Some(info.weight_budget_bytes);
@@ -339,6 +396,12 @@ impl Handle {
             .map(|(_, name)| *name)
             .collect();
         figures.mirrors = self.model().stats().mirrors;
+        figures.gpu = self.model().gpu().map(|plan| GpuFigures {
+            plan,
+            link: self.model().link_counters(),
+            // SAFETY: reads a counter, from any thread.
+            releases_behind_gpu: unsafe { ggml_backend_flea_releases_behind_gpu() },
+        });
         figures.bytes_read = stats.bytes_read;
         figures.read_seconds = stats.read_ns as f64 / 1e9;
         figures.stall_seconds = stats.stall_ns as f64 / 1e9;

@@ -4,6 +4,7 @@
 use crate::engine::Stats;
 use crate::host::kv_disk::KvDiskFigures;
 use crate::io::mirror::CopyStats;
+use crate::proto::opened::{self, LinkCounters};
 
 /// Everything `--json` says about memory and streaming. In a plain run counters are 0 and what a plan would say is absent.
 #[derive(Debug, Clone, Default)]
@@ -82,6 +83,19 @@ pub struct Figures {
     pub mirrors: Vec<CopyStats>,
     /// Keys and values that were moved out of memory; `None` where all stayed.
     pub kv_disk: Option<KvDiskFigures>,
+    /// Weights on a GPU; `None` where they are in host memory.
+    pub gpu: Option<GpuFigures>,
+}
+
+/// What a GPU's memory held, and what came into it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct GpuFigures {
+    /// The plan of its memory.
+    pub plan: opened::GpuFigures,
+    /// What has come over the link.
+    pub link: LinkCounters,
+    /// Leases that were given back behind an event of the GPU, nobody waiting.
+    pub releases_behind_gpu: u64,
 }
 
 /// What tokens cost after the prompt, apart from it.

@@ -27,7 +27,7 @@ mod vocab;
 
 pub use chat::Chat;
 pub use context::{KvType, Token};
-pub use device::StreamOptions;
-pub use figures::Figures;
+pub use device::{GpuRun, StreamOptions};
+pub use figures::{Figures, GpuFigures};
 pub use sample::{SampleOptions, Sampler};
 pub use session::{End, Generation, Monitor, Session, SessionOptions, Step};

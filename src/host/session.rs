@@ -188,7 +188,10 @@ impl Session {
         if let Some(kv_disk) = kv_disk {
             kv_disk.ready()?;
         }
-        let context = context?;
+        let context = context.map_err(|error| {
+            let failure = streamed.as_ref().and_then(Streamed::failure);
+            failure.unwrap_or(error)
+        })?;
         // What loading needed once must not count against the weights.
         process::trim_allocator();
         Ok(Self {
@@ -486,6 +489,7 @@ fn load_streamed(
     let mut file = ModelFile::open(shown, files, Some(streamed.in_window()))?;
     let origin = Origin::Stream(&mut file, streamed.device(), streamed.row_tables());
     let model = LlamaModel::load(origin, progress)?;
+    streamed.loaded();
     if file.skipped_bytes() == 0 {
         return Err(Error::new(
             ErrorKind::Internal,

@@ -1,10 +1,17 @@
-//! A model, wherever it is: in this process or in the daemon. The same calls, the same results.
+//! A model, wherever it is: in this process, in the daemon, or with its weights on a GPU. The same calls, the same results.
+//! Place in `file -> catalog -> plan -> reader -> pool -> lease -> host`: lease, whoever gives it.
+#![allow(unsafe_code)]
 
 use super::Attached;
+#[cfg(feature = "cuda")]
+use crate::engine::gpu::{GpuModel, GpuOptions};
 use crate::engine::{BudgetReport, Model, OpenOptions, Stats, Trace};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mem::Backing;
 use crate::model::Catalog;
+use crate::plan::Plan;
+use crate::units::MemorySpec;
+use std::ffi::c_void;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -52,6 +59,48 @@ pub struct PlanFigures {
     pub expert_cache_bytes: u64,
 }
 
+impl PlanFigures {
+    fn of(plan: &Plan) -> Self {
+        Self {
+            slot_bytes: plan.slot_pages * plan.page_bytes,
+            resident_bytes: plan.resident_bytes,
+            ring_bytes: plan.ring_bytes,
+            streamed_bytes_per_pass: plan.streamed_bytes_per_pass,
+            expert_cache_bytes: plan.cache_bytes(),
+        }
+    }
+}
+
+/// The plan of a GPU's memory in numbers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct GpuFigures {
+    /// Which GPU.
+    pub index: u32,
+    /// What weights may take of its memory.
+    pub vram_budget_bytes: u64,
+    /// What stays there.
+    pub vram_resident_bytes: u64,
+    /// All slots there.
+    pub vram_ring_bytes: u64,
+    /// What comes over the link in each pass.
+    pub link_bytes_per_pass: u64,
+}
+
+/// What has come over the link so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LinkCounters {
+    /// Bytes copied into the memory of a GPU.
+    pub h2d_bytes: u64,
+    /// Of those: out of pinned memory.
+    pub h2d_pinned_bytes: u64,
+    /// Of those: into pages that stay there.
+    pub h2d_resident_bytes: u64,
+    /// Copies they took.
+    pub copies: u64,
+    /// Host memory that is pinned.
+    pub pinned_bytes: u64,
+}
+
 /// An open model.
 #[derive(Debug)]
 pub enum Opened {
@@ -59,6 +108,9 @@ pub enum Opened {
     Local(Box<Model>),
     /// In the daemon.
     Daemon(Box<Attached>),
+    /// In this process, weights on a GPU.
+    #[cfg(feature = "cuda")]
+    Gpu(Box<GpuModel>),
 }
 
 impl Opened {
@@ -73,12 +125,121 @@ impl Opened {
         }
     }
 
+    /// Opens `path` in this process with weights on a GPU, which may take `vram` of its memory; `slots_count` 0 is the default.
+    ///
+    /// # Errors
+    /// Those of [`GpuModel::open`]; `Unsupported` in a build without CUDA.
+    #[cfg(feature = "cuda")]
+    pub fn open_on_gpu(
+        path: &Path,
+        index: u32,
+        vram: MemorySpec,
+        slots_count: u32,
+        options: OpenOptions,
+    ) -> Result<Self> {
+        let vram_bytes = match vram {
+            MemorySpec::Bytes(bytes) => bytes,
+            MemorySpec::Percent(percent) => {
+                let (catalog, _) = crate::engine::read_catalog(path)?;
+                (catalog.model_bytes as f64 * percent / 100.0) as u64
+            }
+            MemorySpec::Auto => {
+                let context =
+                    "how much of the GPU's memory weights may take has to be said: 8GiB, or 25%";
+                return Err(Error::new(ErrorKind::Invalid, context));
+            }
+        };
+        let gpu = GpuOptions {
+            index,
+            vram_bytes,
+            slots_count: match slots_count {
+                0 => crate::plan::SLOTS_DEFAULT,
+                count => count,
+            },
+        };
+        let model = GpuModel::open(path, &gpu, options)?;
+        if model.packed().is_some() {
+            let context = format!(
+                "{}: a compressed model goes into VRAM by `flea bench stream` alone; hosts take the GGUF that flea pack --decompress gives \
+                 back",
+                path.display()
+            );
+            return Err(Error::new(ErrorKind::Unsupported, context));
+        }
+        Ok(Self::Gpu(Box::new(model)))
+    }
+
+    /// Opens `path` with weights on a GPU.
+    ///
+    /// # Errors
+    /// `Unsupported`: this build has no CUDA.
+    #[cfg(not(feature = "cuda"))]
+    pub fn open_on_gpu(
+        _path: &Path,
+        _index: u32,
+        _vram: MemorySpec,
+        _slots_count: u32,
+        _options: OpenOptions,
+    ) -> Result<Self> {
+        Err(crate::mem::gpu::not_built())
+    }
+
+    /// The plan of the GPU's memory; `None` where weights are in host memory.
+    #[must_use]
+    pub fn gpu(&self) -> Option<GpuFigures> {
+        match self {
+            Self::Local(_) | Self::Daemon(_) => None,
+            #[cfg(feature = "cuda")]
+            Self::Gpu(model) => {
+                let vram = model.vram();
+                Some(GpuFigures {
+                    index: model.context().index(),
+                    vram_budget_bytes: vram.plan.weight_budget_bytes,
+                    vram_resident_bytes: vram.plan.resident_bytes,
+                    vram_ring_bytes: vram.plan.ring_bytes,
+                    link_bytes_per_pass: vram.link_bytes_per_pass(),
+                })
+            }
+        }
+    }
+
+    /// What has come over the link; zeros where weights are in host memory.
+    #[must_use]
+    pub fn link_counters(&self) -> LinkCounters {
+        match self {
+            Self::Local(_) | Self::Daemon(_) => LinkCounters::default(),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(model) => {
+                let stats = model.stats();
+                LinkCounters {
+                    h2d_bytes: stats.h2d_bytes,
+                    h2d_pinned_bytes: stats.h2d_pinned_bytes,
+                    h2d_resident_bytes: stats.h2d_resident_bytes,
+                    copies: stats.copies,
+                    pinned_bytes: stats.pinned_bytes,
+                }
+            }
+        }
+    }
+
+    /// Whether the plan is made; on a GPU that of the host memory below it.
+    #[must_use]
+    pub fn is_planned(&self) -> bool {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Gpu(model) => model.is_started(),
+            _ => self.plan().is_some(),
+        }
+    }
+
     /// What is in the files.
     #[must_use]
     pub fn catalog(&self) -> &Catalog {
         match self {
             Self::Local(model) => model.catalog(),
             Self::Daemon(model) => model.catalog(),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(model) => model.catalog(),
         }
     }
 
@@ -86,13 +247,9 @@ impl Opened {
     #[must_use]
     pub fn plan(&self) -> Option<PlanFigures> {
         match self {
-            Self::Local(model) => model.plan().map(|plan| PlanFigures {
-                slot_bytes: plan.slot_pages * plan.page_bytes,
-                resident_bytes: plan.resident_bytes,
-                ring_bytes: plan.ring_bytes,
-                streamed_bytes_per_pass: plan.streamed_bytes_per_pass,
-                expert_cache_bytes: plan.cache_bytes(),
-            }),
+            Self::Local(model) => model.plan().map(PlanFigures::of),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(model) => model.host_plan().map(PlanFigures::of),
             Self::Daemon(model) => {
                 let figures = model.figures();
                 Some(PlanFigures {
@@ -112,6 +269,8 @@ impl Opened {
         match self {
             Self::Local(model) => model.budget(),
             Self::Daemon(model) => Some(model.budget()),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(model) => model.host_budget(),
         }
     }
 
@@ -121,6 +280,8 @@ impl Opened {
         match self {
             Self::Local(model) => model.page_bytes(),
             Self::Daemon(model) => model.figures().page_bytes,
+            #[cfg(feature = "cuda")]
+            Self::Gpu(model) => model.vram().plan.page_bytes,
         }
     }
 
@@ -130,6 +291,8 @@ impl Opened {
         match self {
             Self::Local(model) => model.slots_count(),
             Self::Daemon(model) => model.figures().slots_count,
+            #[cfg(feature = "cuda")]
+            Self::Gpu(model) => model.vram().plan.slots_count,
         }
     }
 
@@ -139,14 +302,18 @@ impl Opened {
         match self {
             Self::Local(model) => model.backing(),
             Self::Daemon(_) => Backing::Shared,
+            #[cfg(feature = "cuda")]
+            Self::Gpu(_) => Backing::Shared,
         }
     }
 
-    /// See [`Model::trace_into`]. The daemon traces nothing for its clients: false.
+    /// See [`Model::trace_into`]. The daemon traces nothing for its clients, and a GPU what it was opened with: false.
     pub fn trace_into(&self, trace: Arc<Trace>) -> bool {
         match self {
             Self::Local(model) => model.trace_into(trace),
             Self::Daemon(_) => return false,
+            #[cfg(feature = "cuda")]
+            Self::Gpu(_) => return false,
         }
         true
     }
@@ -157,6 +324,8 @@ impl Opened {
         match self {
             Self::Local(model) => model.profile().to_string(),
             Self::Daemon(_) => "the daemon's".to_owned(),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(model) => format!("GPU {}", model.context().index()),
         }
     }
 
@@ -166,6 +335,10 @@ impl Opened {
         match self {
             Self::Local(model) => model.address(shard_index, offset_bytes),
             Self::Daemon(model) => model.address(shard_index, offset_bytes),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(model) => model
+                .address(shard_index, offset_bytes)
+                .map_or(std::ptr::null(), |address| address as usize as *const u8),
         }
     }
 
@@ -175,6 +348,8 @@ impl Opened {
         match self {
             Self::Local(model) => model.layer_of(address),
             Self::Daemon(model) => model.layer_of(address),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(model) => model.layer_of(address as u64),
         }
     }
 
@@ -191,6 +366,11 @@ impl Opened {
         match self {
             Self::Local(model) => model.acquire(layer, range, timeout),
             Self::Daemon(model) => model.acquire(layer, range, timeout),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(model) => {
+                let range = range.map(|(address, len)| (address as u64, len as u64));
+                model.acquire(layer, range, timeout)
+            }
         }
     }
 
@@ -202,15 +382,41 @@ impl Opened {
         match self {
             Self::Local(model) => model.release(layer),
             Self::Daemon(model) => model.release(layer),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(model) => model.release(layer),
         }
     }
 
-    /// True when routed experts are acquired by their ranges. In the daemon they come with their layer.
+    /// Gives a lease back while a GPU still reads the layer: `event`, a `CUevent` of the host, is recorded behind the last
+    /// kernel that does.
+    ///
+    /// # Errors
+    /// `Invalid` when the layer is not acquired or the model is not on a GPU; what the driver says.
+    ///
+    /// # Safety
+    /// `event` is NULL or an event of this process that is alive during the call.
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    pub unsafe fn release_after(&self, layer: u32, event: *mut c_void) -> Result<()> {
+        match self {
+            Self::Local(_) | Self::Daemon(_) => Err(Error::new(
+                ErrorKind::Invalid,
+                "the model's weights are in host memory: release its layers when they have been read",
+            )),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(model) => {
+                // SAFETY: by this function's contract.
+                let event = unsafe { model.relay().behind(event) }?;
+                model.release_after(layer, event)
+            }
+        }
+    }
+
+    /// True when routed experts are acquired by their ranges. In the daemon and on a GPU they come with their layer.
     #[must_use]
     pub fn experts_on_demand(&self) -> bool {
         match self {
             Self::Local(model) => model.experts_on_demand(),
-            Self::Daemon(_) => false,
+            _ => false,
         }
     }
 
@@ -226,6 +432,8 @@ impl Opened {
         match self {
             Self::Local(model) => model.acquire_ranges(ranges, timeout),
             Self::Daemon(model) => model.acquire_ranges(ranges, timeout),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(_) => Err(no_ranges()),
         }
     }
 
@@ -237,17 +445,20 @@ impl Opened {
         match self {
             Self::Local(model) => model.release_ranges(ranges),
             Self::Daemon(model) => model.release_ranges(ranges),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(_) => Err(no_ranges()),
         }
     }
 
-    /// See [`Model::hint_ranges`]. In the daemon experts come with their layer, and [`Opened::hint`] is for layers: nothing.
+    /// See [`Model::hint_ranges`]. In the daemon and on a GPU experts come with their layer, and [`Opened::hint`]
+    /// is for layers: nothing.
     ///
     /// # Errors
     /// Those of [`Model::hint_ranges`].
     pub fn hint_ranges(&self, ranges: &[(usize, usize)]) -> Result<()> {
         match self {
             Self::Local(model) => model.hint_ranges(ranges),
-            Self::Daemon(_) => Ok(()),
+            _ => Ok(()),
         }
     }
 
@@ -256,20 +467,20 @@ impl Opened {
     pub fn row_bytes(&self, tensor_index: usize) -> Option<u64> {
         match self {
             Self::Local(model) => model.row_bytes(tensor_index),
-            Self::Daemon(_) => None,
+            _ => None,
         }
     }
 
-    /// See [`Model::read_rows`]. A daemon does not read rows.
+    /// See [`Model::read_rows`]. A daemon does not read rows, and for a GPU the host keeps them.
     ///
     /// # Errors
-    /// Those of [`Model::read_rows`]; `Unsupported` in the daemon.
+    /// Those of [`Model::read_rows`]; `Unsupported` in the daemon and on a GPU.
     pub fn read_rows(&self, address: usize, ids: &[u32], out: &mut [u8]) -> Result<()> {
         match self {
             Self::Local(model) => model.read_rows(address, ids, out),
-            Self::Daemon(_) => Err(Error::new(
+            _ => Err(Error::new(
                 ErrorKind::Unsupported,
-                "rows are not read through a daemon: no tensor of such a model has FLEA_TENSOR_ROWS",
+                "rows are not read through a daemon, nor for a GPU: no tensor of such a model has FLEA_TENSOR_ROWS",
             )),
         }
     }
@@ -279,7 +490,7 @@ impl Opened {
     pub fn rows_bytes(&self) -> u64 {
         match self {
             Self::Local(model) => model.rows_bytes(),
-            Self::Daemon(_) => 0,
+            _ => 0,
         }
     }
 
@@ -289,6 +500,8 @@ impl Opened {
         match self {
             Self::Local(model) => model.in_window(address),
             Self::Daemon(model) => model.layer_of(address).is_some(),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(model) => model.layer_of(address as u64).is_some(),
         }
     }
 
@@ -300,6 +513,8 @@ impl Opened {
         match self {
             Self::Local(model) => model.hint(layers),
             Self::Daemon(model) => model.hint(layers),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(model) => model.hint(layers),
         }
     }
 
@@ -309,6 +524,8 @@ impl Opened {
         match self {
             Self::Local(model) => model.counters(),
             Self::Daemon(model) => model.stats(),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(model) => gpu_stats(model),
         }
     }
 
@@ -318,6 +535,29 @@ impl Opened {
         match self {
             Self::Local(model) => model.stats(),
             Self::Daemon(model) => model.stats(),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(model) => gpu_stats(model),
         }
     }
+}
+
+/// Counters of a GPU's leases, and of the drive below them.
+#[cfg(feature = "cuda")]
+fn gpu_stats(model: &GpuModel) -> Stats {
+    let stats = model.stats();
+    Stats {
+        acquires: stats.acquires,
+        releases: stats.releases,
+        loads: stats.loads,
+        stalls: stats.stalls,
+        stall_ns: stats.stall_ns,
+        bytes_read: stats.bytes_read,
+        ..stats.host
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn no_ranges() -> Error {
+    let context = "on a GPU experts come with their layer (no tensor has FLEA_TENSOR_EXPERTS): acquire the layer";
+    Error::new(ErrorKind::Unsupported, context)
 }

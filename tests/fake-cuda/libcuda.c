@@ -90,13 +90,13 @@ typedef struct Event {
   bool destroyed;
 } Event;
 
-typedef enum { COPY, SET, LAUNCH, RECORD, WAIT } Kind;
+typedef enum { COPY, SET, LAUNCH, RECORD, WAIT, HOST } Kind;
 typedef struct Op {
   Kind kind;
   void *to;
   const void *from;
   void *staged; /* a copy of pageable memory */
-  bool to_device, from_device, begun;
+  bool to_device, from_device, begun, running;
   uint64_t due_ns;
   unsigned char value;
   size_t len;
@@ -105,6 +105,8 @@ typedef struct Op {
   const FakeKernel *kernel;
   unsigned blocks;
   unsigned long long parameters[FAKE_PARAMETERS_MAX];
+  void (*call)(void *);
+  void *argument;
   bool *done;
   struct Op *next;
 } Op;
@@ -249,9 +251,12 @@ static void end_work(const Op *op) {
   }
 }
 
+static bool host_call(Op *op, uint64_t now);
+
 static void run(Stream *stream, uint64_t now) {
   Op *op = stream->head;
-  bool takes_time = op->kind != RECORD && op->kind != WAIT;
+  if (!host_call(op, now)) return;
+  bool takes_time = op->kind == COPY || op->kind == SET || op->kind == LAUNCH;
   if (takes_time && !op->begun) {
     begin_work(op, now);
     return;
@@ -769,3 +774,4 @@ CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t len, void *
 
 #include "alloc.h"
 #include "launch.h"
+#include "host_func.h"

@@ -5,6 +5,7 @@ use std::io::Write;
 use serde::Serialize;
 
 use crate::cli;
+use crate::cli::run::gpu::{self, GpuAnswer};
 use crate::cli::run::kv_disk::KvDiskAnswer;
 use crate::error::Result;
 use crate::host::{End, Figures, Generation, Session, Token};
@@ -61,6 +62,7 @@ struct Answer<'a> {
     decode_expert_bytes_read: u64,
     expert_guesses: u64,
     expert_guesses_right: u64,
+    gpu: Option<GpuAnswer>,
 }
 
 fn per_second(count: usize, seconds: f64) -> f64 {
@@ -142,6 +144,7 @@ pub fn print_answer(session: &Session, generation: &Generation, figures: &Figure
         decode_expert_bytes_read: figures.decode.expert_bytes_read,
         expert_guesses: figures.expert_guesses,
         expert_guesses_right: figures.expert_guesses_right,
+        gpu: figures.gpu.as_ref().map(GpuAnswer::from),
     })
 }
 
@@ -173,8 +176,11 @@ pub fn say_summary(generation: &Generation, figures: &Figures) {
             planned_bytes as f64 / GIB as f64,
             share(figures.stall_seconds, seconds),
         );
-    } else {
+    } else if figures.gpu.is_none() {
         line += ", not streamed";
+    }
+    if let Some(figures) = &figures.gpu {
+        line += &gpu::summary(figures);
     }
     if let Some(kv) = &figures.kv_disk {
         line += &format!(

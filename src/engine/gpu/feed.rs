@@ -9,7 +9,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ use crate::engine::state::{Job, Outcome};
 use crate::engine::wait::Hall;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::wake_promptly;
-use crate::mem::cuda::{Event, VramPool};
+use crate::mem::cuda::{Event, Stream, VramPool};
 use crate::plan::image::Piece;
 
 /// Pieces handed to the driver and not done yet, at most: the queue is never the limit.
@@ -36,13 +36,15 @@ pub(super) struct Core {
     /// What lies where in the image, by place.
     pub(super) pieces: Vec<Piece>,
     // Stages wait for their copies; only then the memory that is copied to may go.
-    pub(super) below: Option<Arc<Source>>,
+    pub(super) below: OnceLock<Arc<Source>>,
     pub(super) resident: Mutex<Option<Arc<Source>>>,
     /// In place of both: what reads past host memory.
     pub(super) direct: Option<Direct>,
     /// Per slot, the events behind which it may be written again.
     pub(super) last_uses: Mutex<Vec<Vec<Event>>>,
     pub(super) pool: VramPool,
+    /// Its own, so that events of a host are waited for in no stream that copies.
+    pub(super) relay: Stream,
     /// Rung when there may be something to do.
     pub(super) bell: Bell,
     /// Rung when a piece is done.
@@ -149,7 +151,7 @@ impl Feed {
         feed.spawn("flea-gpu-done", move || {
             own.or_tell(|| own.retire_all(&receiver));
         })?;
-        if let Some(below) = core.below.clone() {
+        if let Some(below) = core.below.get().cloned() {
             feed.spawn("flea-gpu-pin", move || below.stage().pinned().pin_all())?;
         }
         Ok(feed)
@@ -174,7 +176,7 @@ impl Drop for Feed {
     fn drop(&mut self) {
         let core = &self.core;
         core.stop.store(true, Ordering::Release);
-        if let Some(below) = &core.below {
+        if let Some(below) = core.below.get() {
             below.stage().pinned().stop();
         }
         core.bell.ring();
@@ -314,7 +316,7 @@ impl Core {
     fn source_of(&self, fetch: u32, request: u32) -> Result<(Arc<Source>, u32)> {
         let gone = || Error::new(ErrorKind::Internal, "the model below a GPU is gone");
         match self.layout.fetches[fetch as usize].transient_of {
-            Some(layer) => Ok((self.below.clone().ok_or_else(gone)?, layer)),
+            Some(layer) => Ok((self.below.get().cloned().ok_or_else(gone)?, layer)),
             None => {
                 let source = self.resident_source().ok_or_else(gone)?;
                 let layer = source.layer_of_piece(fetch, request);

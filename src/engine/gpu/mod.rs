@@ -5,6 +5,9 @@
 //! VRAM; `feed` fills them with copies that begin as soon as the bytes below have landed. What stays in VRAM is read once,
 //! through a small model of its own, which then goes.
 //!
+//! Where [`OpenOptions::defer_plan`] is set only VRAM is taken at open, so that addresses are known; host memory is planned
+//! and everything starts with the first lease or hint.
+//!
 //! Invariants: a lease of a layer is given when the event behind its last copy is done, not before; a slot is written
 //! again only behind the events of those who read it ([`GpuModel::release_after`]); no device is ever synchronised; host
 //! memory is released to the drive only when the copy out of it is done. Place in
@@ -18,19 +21,19 @@ mod source;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use super::layout::{Layout, Spans};
 use super::leases::thread_id;
 use super::options::{BudgetSpec, OpenOptions};
 use super::state::{Need, State};
-use super::stats::{Fallback, Stats};
+use super::stats::{BudgetReport, Fallback, Stats};
 use super::wait::{Asked, Hall};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::coded_file::CodedFile;
 use crate::io::{ReaderKind, ShardFile, mirror};
-use crate::mem::cuda::{Context, Event, Unpacker, VramPool};
+use crate::mem::cuda::{Context, Event, Stream, Unpacker, VramPool};
 use crate::model::Catalog;
 use crate::plan::image::Places;
 use crate::plan::tiers::VRAM_PAGE_BYTES;
@@ -96,7 +99,9 @@ pub struct GpuStats {
 #[derive(Debug)]
 pub struct GpuModel {
     // Dropped first: it ends the threads that use the rest.
-    _feed: Feed,
+    feed: OnceLock<Feed>,
+    /// What is not opened yet.
+    waiting: Mutex<Option<Waiting>>,
     core: Arc<Core>,
     catalog: Catalog,
     vram: VramPlan,
@@ -105,6 +110,13 @@ pub struct GpuModel {
     packed: Option<Arc<CodedFile>>,
     /// Why it is not read by cuFile, though it was asked for.
     not_direct: Option<Fallback>,
+}
+
+/// What host memory is planned from, once the host has all of its own.
+#[derive(Debug)]
+struct Waiting {
+    files: Arc<[ShardFile]>,
+    options: OpenOptions,
 }
 
 impl GpuModel {
@@ -143,14 +155,6 @@ impl GpuModel {
         if wants_direct {
             options.reader.kind = ReaderKind::Auto;
         }
-        let sources = match &direct {
-            Some(_) => Sources::default(),
-            None => {
-                let unpacking = unpacking(&context, packed.as_ref())?;
-                let on = (&context, unpacking.as_ref());
-                Sources::open(&catalog, &vram, &layout, &files, &options, on)?
-            }
-        };
         let slots_count = layout.slots_count as usize;
         let core = Arc::new(Core {
             hall: Hall {
@@ -160,9 +164,10 @@ impl GpuModel {
             },
             layout,
             pieces: vram.image.pieces.concat(),
-            below: sources.below,
-            resident: Mutex::new(sources.resident),
+            below: OnceLock::new(),
+            resident: Mutex::new(None),
             direct,
+            relay: Stream::new(&context)?,
             pool,
             last_uses: Mutex::new((0..slots_count).map(|_| Vec::new()).collect()),
             bell: feed::Bell::default(),
@@ -176,8 +181,10 @@ impl GpuModel {
             vram.plan.ring_bytes,
             vram.link_bytes_per_pass()
         );
-        Ok(Self {
-            _feed: Feed::start(&core)?,
+        let defer_plan = options.defer_plan;
+        let model = Self {
+            feed: OnceLock::new(),
+            waiting: Mutex::new(Some(Waiting { files, options })),
             core,
             spans: Spans::new(&vram.image.catalog),
             places: Places::new(&vram.image),
@@ -185,7 +192,45 @@ impl GpuModel {
             vram,
             packed,
             not_direct,
-        })
+        };
+        if !defer_plan {
+            model.start()?;
+        }
+        Ok(model)
+    }
+
+    /// Plans host memory and starts to read, once. What is refused may be tried again.
+    fn start(&self) -> Result<()> {
+        if self.is_started() {
+            return Ok(());
+        }
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(Waiting { files, options }) = waiting.as_ref() else {
+            return Ok(());
+        };
+        let core = &self.core;
+        let context = core.pool.context();
+        let sources = match &core.direct {
+            Some(_) => Sources::default(),
+            None => {
+                let unpacking = unpacking(context, self.packed.as_ref())?;
+                let on = (context, unpacking.as_ref());
+                Sources::open(&self.catalog, &self.vram, &core.layout, files, options, on)?
+            }
+        };
+        if let Some(below) = sources.below {
+            let _ = core.below.set(below);
+        }
+        *core.resident.lock().unwrap_or_else(PoisonError::into_inner) = sources.resident;
+        let _ = self.feed.set(Feed::start(core)?);
+        *waiting = None;
+        Ok(())
+    }
+
+    /// Whether host memory is planned.
+    #[must_use]
+    pub fn is_started(&self) -> bool {
+        self.feed.get().is_some()
     }
 
     /// Whether weights come past host memory.
@@ -203,7 +248,7 @@ impl GpuModel {
     /// Bytes of the files that come over the link in each pass: fewer than the weights where these are compressed.
     #[must_use]
     pub fn link_bytes_per_pass(&self) -> u64 {
-        match &self.core.below {
+        match self.core.below.get() {
             Some(below) => below.catalog().layer_bytes(),
             None => self.vram.link_bytes_per_pass(),
         }
@@ -224,14 +269,20 @@ impl GpuModel {
     /// The plan of the host memory below; `None` where everything is in VRAM.
     #[must_use]
     pub fn host_plan(&self) -> Option<&Plan> {
-        self.core.below.as_ref().and_then(|below| below.plan())
+        self.core.below.get().and_then(|below| below.plan())
+    }
+
+    /// The budget that the host memory below was planned for; `None` where everything is in VRAM, or nothing planned yet.
+    #[must_use]
+    pub fn host_budget(&self) -> Option<BudgetReport> {
+        self.core.below.get().and_then(|below| below.budget())
     }
 
     /// Where each layer's bytes stay between two passes; of a compressed model those below VRAM are counted as they lie in
     /// the file.
     #[must_use]
     pub fn shares(&self) -> Vec<TierShare> {
-        match (self.host_plan(), &self.core.below) {
+        match (self.host_plan(), self.core.below.get()) {
             (Some(lower), Some(below)) => {
                 let mut shares = self.vram.shares(&self.catalog, lower);
                 for (share, stored) in shares.iter_mut().zip(&below.catalog().layers) {
@@ -291,9 +342,30 @@ impl GpuModel {
         timeout: Option<Duration>,
     ) -> Result<()> {
         let need = self.need(layer, range)?;
+        self.start()?;
         let asked = Asked::by_this_thread(layer, need);
         let wake = || self.core.bell.ring();
         self.core.hall.acquire(&wake, asked, timeout)
+    }
+
+    /// Says which layers will be acquired next, in order. As [`super::Model::hint`].
+    ///
+    /// # Errors
+    /// `Invalid` for a layer that is not there; those of a deferred plan.
+    pub fn hint(&self, layers: &[u32]) -> Result<()> {
+        layers
+            .iter()
+            .try_for_each(|layer| self.check_layer(*layer))?;
+        self.start()?;
+        let hungry = {
+            let mut state = self.core.hall.state();
+            state.hint(layers);
+            std::mem::take(&mut state.hungry)
+        };
+        if hungry {
+            self.core.bell.ring();
+        }
+        Ok(())
     }
 
     /// Gives a lease back; nothing on the GPU reads the layer any more.
@@ -340,17 +412,23 @@ impl GpuModel {
         self.release(layer)
     }
 
+    /// The stream in which events of hosts are waited for: [`Stream::behind`] gives what [`GpuModel::release_after`] takes.
+    #[must_use]
+    pub fn relay(&self) -> &Stream {
+        &self.core.relay
+    }
+
     /// Counters so far.
     #[must_use]
     pub fn stats(&self) -> GpuStats {
         let core = &self.core;
         let mut host = core
             .below
-            .as_ref()
+            .get()
             .map_or_else(Stats::default, |below| below.stats());
         host.fallbacks.extend(self.not_direct.clone());
         let direct_bytes = core.direct.as_ref().map_or(0, Direct::bytes_read);
-        let pins = core.below.as_ref().map(|below| below.stage().pinned());
+        let pins = core.below.get().map(|below| below.stage().pinned());
         let counted = &core.counted;
         let state = core.hall.state();
         let resident_read = counted.resident_read_bytes.load(Ordering::Relaxed);

@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::less;
 use super::packed::stored_catalog;
 use crate::engine::layout::Layout;
-use crate::engine::{BudgetSpec, Model, OpenOptions, Stats};
+use crate::engine::{BudgetReport, BudgetSpec, Model, OpenOptions, Stats};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::ShardFile;
 use crate::io::coded_file::{CodedFile, Tiles};
@@ -223,6 +223,10 @@ impl Source {
 
     pub(super) fn plan(&self) -> Option<&Plan> {
         self.model.plan()
+    }
+
+    pub(super) fn budget(&self) -> Option<BudgetReport> {
+        self.model.budget()
     }
 
     pub(super) fn stats(&self) -> Stats {

@@ -10,7 +10,7 @@ use cudarc::driver::sys::{self, CUevent, CUresult, CUstream};
 
 use super::context::Context;
 use super::driver::check;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 
 /// CU_STREAM_NON_BLOCKING: does not wait for the default stream, nor does that for it.
 const NON_BLOCKING: u32 = 1;
@@ -150,6 +150,27 @@ impl Stream {
         // SAFETY: an event and a stream, both alive; the driver keeps what it needs when the event is destroyed.
         let code = unsafe { sys::cuStreamWaitEvent(self.raw, event.raw, 0) };
         check(code, "have a stream wait for an event")
+    }
+
+    /// An event in this stream that is done when everything is that an event of somebody else stands for now. Its owner
+    /// may record that one anew at once.
+    ///
+    /// # Errors
+    /// `Invalid` for NULL; what the driver says.
+    ///
+    /// # Safety
+    /// `event` is NULL or an event (`CUevent`, `cudaEvent_t`) of this process that is alive during the call.
+    pub unsafe fn behind(&self, event: *mut std::ffi::c_void) -> Result<Event> {
+        if event.is_null() {
+            let context = "the event is NULL: give one that is recorded behind the last kernel";
+            return Err(Error::new(ErrorKind::Invalid, context));
+        }
+        self.context.enter()?;
+        // SAFETY: an event and a stream, both alive, the event by this function's contract; the driver takes down what
+        // the event stands for now.
+        let code = unsafe { sys::cuStreamWaitEvent(self.raw, event.cast(), 0) };
+        check(code, "have a stream wait for a host's event")?;
+        self.record()
     }
 }
 

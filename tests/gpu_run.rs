@@ -1,0 +1,319 @@
+//! `flea run --gpu`: ggml-cuda's place taken by tests/fake-cuda, the same tokens whatever is streamed, and every bad state a
+//! clear error before a weight is read.
+
+#![cfg(all(feature = "run", feature = "cuda"))]
+
+mod common;
+#[path = "common/fake_cuda.rs"]
+mod fake_cuda;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+
+use common::{flea, json, number, output};
+use fake_cuda::with_gpu;
+use serde_json::Value;
+
+/// Sixteen layers whose rows are no multiple of 512, so that ggml-cuda wants zeros behind every matrix.
+fn model() -> PathBuf {
+    let arguments = "--arch llama --layers 16 --embd 768 --ffn 2400 --heads 12 --kv-heads 4 --vocab 3000 --type q8_0 --seed 5";
+    common::synth("gpu-run", &arguments.split(' ').collect::<Vec<_>>())
+}
+
+/// Layers with experts, which on a GPU come with their layer; rows of 512, and a head of several pieces.
+fn mixture() -> PathBuf {
+    let arguments = "--arch qwen3moe --layers 8 --embd 512 --ffn 512 --heads 8 --kv-heads 2 --vocab 20000 --type q4_0 --seed 6 \
+                     --experts 8 --experts-used 2";
+    common::synth(
+        "gpu-run-moe",
+        &arguments.split_whitespace().collect::<Vec<_>>(),
+    )
+}
+
+/// Compiles a shared library once.
+fn compile(name: &str, compiler: &str, arguments: &[&str]) -> PathBuf {
+    let directory =
+        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("ggml-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).expect("a directory");
+    let library = directory.join(name);
+    let mut command = Command::new(compiler);
+    command
+        .args(["-O1", "-fPIC", "-shared", "-o"])
+        .arg(&library);
+    let made = output(command.args(arguments));
+    assert!(made.status.success(), "{command:?}: {}", said(&made));
+    library
+}
+
+/// The fake libggml-cuda.so, of the ggml that this program is linked with.
+fn ggml_cuda() -> &'static Path {
+    static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
+    LIBRARY.get_or_init(|| {
+        let (source, libraries) = (env!("TEST_LLAMA_SOURCE"), env!("TEST_LLAMA_LIBS"));
+        let own = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fake-cuda/ggml-cuda.cpp");
+        let mut arguments = vec!["-std=c++17".to_owned(), own.to_owned()];
+        for folder in ["ggml/include", "ggml/src"] {
+            arguments.extend(["-isystem".to_owned(), format!("{source}/{folder}")]);
+        }
+        arguments.push(format!("-L{libraries}"));
+        arguments.extend(
+            ["-lggml-cpu", "-lggml-base", "-fopenmp", "-pthread", "-ldl"].map(str::to_owned),
+        );
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        compile("libggml-cuda.so", "c++", &arguments)
+    })
+}
+
+fn said(output: &Output) -> String {
+    let (stdout, stderr) = (&output.stdout, &output.stderr);
+    format!(
+        "{}\n{}\n{}",
+        output.status,
+        String::from_utf8_lossy(stdout),
+        String::from_utf8_lossy(stderr)
+    )
+}
+
+fn run(model: &Path, prompt: &str, arguments: &str) -> Command {
+    let mut command = flea();
+    command.arg("run").arg(model);
+    command.args([
+        "--prompt-tokens",
+        prompt,
+        "-n",
+        "12",
+        "--ignore-eos",
+        "--json",
+    ]);
+    command.args(["--threads", "1", "--ubatch", "32"]);
+    if !arguments.contains("--ctx") {
+        command.args(["--ctx", "256"]);
+    }
+    command.args(arguments.split_whitespace());
+    command
+}
+
+fn on_gpu(model: &Path, arguments: &str, state: &[(&str, &str)]) -> Command {
+    let mut command = run(model, &prompt(), arguments);
+    command.arg("--ggml-cuda").arg(ggml_cuda());
+    with_gpu(&mut command, state);
+    command
+}
+
+/// Three ubatches.
+fn prompt() -> String {
+    let ids: Vec<String> = (0..70)
+        .map(|index| (300 + index * 37 % 400).to_string())
+        .collect();
+    ids.join(",")
+}
+
+fn assert_same(one: &Value, other: &Value, what: &str) {
+    assert_eq!(one["logits_hash"], other["logits_hash"], "{what}: {other}");
+    assert_eq!(one["token_ids"], other["token_ids"], "{what}");
+    assert_eq!(
+        other["token_ids"].as_array().map(Vec::len),
+        Some(12),
+        "{what}"
+    );
+}
+
+/// Enough for model, KV cache and computing, and late enough that who does not wait is caught.
+const GPU: [(&str, &str); 2] = [
+    ("FAKE_CUDA_MEMORY", "1073741824"),
+    ("FAKE_CUDA_READ_US", "100"),
+];
+
+#[test]
+fn streamed_tokens_are_those_of_all_layers_in_vram() {
+    let model = model();
+    let whole = json(&mut on_gpu(&model, "--gpu 0 --vram 400%", &GPU));
+    let gpu = &whole["gpu"];
+    assert_eq!(number(gpu, "link_bytes_per_pass"), 0.0, "{whole}");
+    assert_eq!(number(&whole, "loads"), 0.0, "{whole}");
+    assert_eq!(
+        number(gpu, "h2d_bytes"),
+        number(gpu, "h2d_resident_bytes"),
+        "{whole}"
+    );
+    let plain = json(&mut run(&model, &prompt(), "--no-stream"));
+    assert_same(&plain, &whole, "a GPU with all layers, and no GPU");
+    for (vram, memory, what) in [
+        ("25%", "400%", "the rest in host memory"),
+        ("25%", "30%", "three tiers"),
+        ("60%", "30%", "most of it in VRAM"),
+    ] {
+        let arguments = format!("--gpu 0 --vram {vram} --memory {memory}");
+        let streamed = json(&mut on_gpu(&model, &arguments, &GPU));
+        assert_same(&whole, &streamed, what);
+        let gpu = &streamed["gpu"];
+        let (resident, link) = (
+            number(gpu, "vram_resident_bytes"),
+            number(gpu, "link_bytes_per_pass"),
+        );
+        let held = resident + number(gpu, "vram_ring_bytes");
+        assert!(
+            held <= number(gpu, "vram_budget_bytes"),
+            "{what}: {streamed}"
+        );
+        // 3 ubatches and 11 tokens are 14 passes.
+        let over_the_link = number(gpu, "h2d_bytes") - number(gpu, "h2d_resident_bytes");
+        assert!(
+            link > 0.0 && over_the_link >= 14.0 * link,
+            "{what}: {streamed}"
+        );
+        assert!(over_the_link <= 15.0 * link, "{what}: {streamed}");
+        assert!(number(&streamed, "loads") >= 14.0, "{what}: {streamed}");
+        assert_eq!(
+            number(&streamed, "acquires") % 14.0,
+            0.0,
+            "{what}: {streamed}"
+        );
+        assert_eq!(
+            gpu["releases_behind_gpu"], streamed["acquires"],
+            "{what}: {streamed}"
+        );
+        assert!(number(gpu, "h2d_pinned_bytes") > 0.0, "{what}: {streamed}");
+        // What host memory keeps is read once, the rest in each pass.
+        let passes = number(&streamed, "streamed_bytes_per_pass");
+        assert_eq!(passes > 0.0, memory == "30%", "{what}: {streamed}");
+        assert!(
+            number(&streamed, "bytes_read") >= number(gpu, "h2d_resident_bytes") + 13.0 * passes,
+            "{what}: {streamed}"
+        );
+    }
+}
+
+#[test]
+fn experts_come_with_their_layer() {
+    let model = mixture();
+    let whole = json(&mut on_gpu(&model, "--gpu 0 --vram 400%", &GPU));
+    let streamed = json(&mut on_gpu(&model, "--gpu 0 --vram 60% --memory 60%", &GPU));
+    assert_same(&whole, &streamed, "a mixture of experts");
+    assert!(
+        number(&streamed, "loads") > 0.0 && number(&streamed, "expert_cuts") == 0.0,
+        "{streamed}"
+    );
+    let plain = json(&mut run(&model, &prompt(), "--no-stream"));
+    assert_same(&plain, &whole, "a mixture, and no GPU");
+}
+
+/// The library of another ggml: known by its version, before anything of it is called.
+fn another_ggml() -> PathBuf {
+    let source =
+        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("another-{}.c", std::process::id()));
+    let text = "const char *ggml_version(void) { return \"0.0.1\"; }\nvoid *ggml_backend_init(void) { __builtin_trap(); }\n";
+    std::fs::write(&source, text).expect("a source");
+    compile("libanother.so", "cc", &[source.to_str().expect("a path")])
+}
+
+#[test]
+fn what_cannot_work_says_so_before_a_weight_is_read() {
+    let model = model();
+    let another = another_ggml();
+    let library = |path: &Path| {
+        let mut command = run(&model, "300", "--gpu 0 --vram 25%");
+        command.arg("--ggml-cuda").arg(path);
+        with_gpu(&mut command, &GPU);
+        command
+    };
+    let has_driver = Path::new("/proc/driver/nvidia/version").exists();
+    let mut no_driver = run(&model, "300", "--gpu 0 --vram 25%");
+    let no_library = with_gpu(&mut run(&model, "300", "--gpu 0 --vram 25%"), &GPU).output();
+    let taken = [
+        ("FAKE_CUDA_MEMORY", "67108864"),
+        ("FAKE_CUDA_TAKEN", "60000000"),
+    ];
+    let tight = [("FAKE_CUDA_MEMORY", "41943040")];
+    for (what, answer, exit, words) in [
+        ("no driver", output(&mut no_driver), 1, "no CUDA driver"),
+        (
+            "no library",
+            no_library.expect("flea runs"),
+            1,
+            "--ggml-cuda",
+        ),
+        (
+            "no such library",
+            output(&mut library(Path::new("/nonexistent.so"))),
+            1,
+            "/nonexistent.so",
+        ),
+        (
+            "some library",
+            output(&mut library(Path::new("libc.so.6"))),
+            2,
+            "no library of ggml-cuda",
+        ),
+        (
+            "another ggml",
+            output(&mut library(&another)),
+            1,
+            "is of ggml 0.0.1, this program has ggml",
+        ),
+        (
+            "no second GPU",
+            output(&mut on_gpu(&model, "--gpu 1 --vram 25%", &GPU)),
+            1,
+            "GPU 1 does not exist",
+        ),
+        (
+            "too little asked for",
+            output(&mut on_gpu(&model, "--gpu 0 --vram 4MiB", &GPU)),
+            4,
+            "VRAM:",
+        ),
+        (
+            "VRAM taken by others",
+            output(&mut on_gpu(&model, "--gpu 0 --vram 25%", &taken)),
+            4,
+            "nvidia-smi",
+        ),
+        (
+            "no room for the context",
+            output(&mut on_gpu(
+                &model,
+                "--gpu 0 --vram 38MiB --ctx 100000",
+                &tight,
+            )),
+            4,
+            "--vram",
+        ),
+        (
+            "little memory below",
+            output(&mut on_gpu(
+                &model,
+                "--gpu 0 --vram 25% --memory 1MiB",
+                &GPU,
+            )),
+            4,
+            "the smallest total that works",
+        ),
+    ] {
+        if what == "no driver" && has_driver {
+            common::skip("this machine has an NVIDIA driver");
+            continue;
+        }
+        let text = said(&answer);
+        assert_eq!(answer.status.code(), Some(exit), "{what}: {text}");
+        assert!(text.contains(words), "{what}: {text}");
+        let error: Value = serde_json::from_slice(&answer.stdout).expect("an object");
+        assert!(error["error"]["message"].is_string(), "{what}: {text}");
+    }
+}
+
+#[test]
+fn a_gpu_that_is_lost_ends_the_run_with_its_reason() {
+    let state = [GPU[0], ("FAKE_CUDA_LOST_AFTER", "60")];
+    let answer = output(&mut on_gpu(
+        &model(),
+        "--gpu 0 --vram 25% --memory 400%",
+        &state,
+    ));
+    let text = said(&answer);
+    assert!(
+        !answer.status.success() && text.contains("the GPU is lost to this process"),
+        "{text}"
+    );
+}
