@@ -111,6 +111,9 @@
 // A bit of flea_stats_data.fallbacks: a copy of the model failed and is used no more.
 #define FLEA_FALLBACK_MIRROR 16
 
+// fallbacks: GPUDirect Storage was refused or not believed; weights reach the GPU through host memory.
+#define FLEA_FALLBACK_GDS 32
+
 // tensor flags: rows or globals that the host keeps itself (token embeddings). A tied output head is both.
 #define FLEA_TENSOR_HOST_KEPT 1
 

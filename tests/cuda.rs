@@ -12,7 +12,7 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use common::{flea, json, number, output};
-use fake_cuda::with_gpu;
+use fake_cuda::{load_here, with_gpu};
 use flea::ErrorKind;
 use flea::engine::gpu::{GpuModel, GpuOptions};
 use flea::engine::{BudgetSpec, OpenOptions, read_catalog};
@@ -377,16 +377,6 @@ fn the_plan_is_what_is_streamed() {
 /// What the other process is told: `IMAGE_BYTES;FD:LEN:OFFSET+LEN,OFFSET+LEN;FD:...`, and where which bytes are.
 const PARTS: &str = "FLEA_TEST_PARTS";
 const EXPECTED: &str = "FLEA_TEST_EXPECTED";
-
-/// Loads the fake driver into this process, under the name that is looked for first.
-#[allow(unsafe_code)]
-fn load_here() {
-    let path = fake_cuda::directory().join("libcuda.so");
-    let name = std::ffi::CString::new(path.to_str().expect("a path")).expect("a path");
-    // SAFETY: our own library, whose initialisers do nothing.
-    let handle = unsafe { nix::libc::dlopen(name.as_ptr(), nix::libc::RTLD_NOW) };
-    assert!(!handle.is_null());
-}
 
 #[test]
 fn another_process_sees_the_pool_and_a_refusal_is_told() {

@@ -9,6 +9,7 @@ use super::table::Table;
 use crate::engine::OpenOptions;
 use crate::engine::gpu::{GpuModel, GpuOptions};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::ReaderKind;
 use crate::plan::TierShare;
 use crate::tools::bench_gpu::{self, Outcome, Pass};
 use crate::units::{HumanBytes, MemorySpec};
@@ -51,7 +52,7 @@ fn vram_bytes(args: &StreamArgs) -> Result<u64> {
     match args.vram {
         Some(MemorySpec::Bytes(bytes)) => Ok(bytes),
         Some(MemorySpec::Percent(percent)) => {
-            let (catalog, _) = crate::engine::read_catalog(&args.model)?;
+            let (catalog, _) = crate::engine::gpu::catalog_of(&args.model)?;
             Ok((catalog.model_bytes as f64 * percent / 100.0) as u64)
         }
         Some(MemorySpec::Auto) | None => Err(Error::new(
@@ -95,7 +96,10 @@ fn json(model: &GpuModel, outcome: &Outcome, verified_bytes: Option<u64>) -> Val
             "memory_bytes": tiers.memory_bytes,
             "drive_bytes": tiers.drive_bytes,
         },
-        "link_bytes_per_pass": vram.link_bytes_per_pass(),
+        "packed": model.packed().is_some(),
+        "link_bytes_per_pass": model.link_bytes_per_pass(),
+        "link_weights_bytes_per_pass": vram.link_bytes_per_pass(),
+        "unpacked_bytes": stats.unpacked_bytes,
         "h2d_bytes": stats.h2d_bytes,
         "h2d_pinned_bytes": stats.h2d_pinned_bytes,
         "h2d_resident_bytes": stats.h2d_resident_bytes,
@@ -107,7 +111,8 @@ fn json(model: &GpuModel, outcome: &Outcome, verified_bytes: Option<u64>) -> Val
         "loads": stats.loads,
         "stalls": stats.stalls,
         "stall_seconds": stats.stall_ns as f64 / 1e9,
-        "reader": stats.host.reader.name(),
+        "reader": if model.is_direct() { ReaderKind::Gds } else { stats.host.reader }.name(),
+        "direct_bytes": stats.direct_bytes,
         "direct_io": stats.host.direct_io,
         "fallbacks": fallbacks,
         "verified_bytes": verified_bytes,
@@ -152,7 +157,7 @@ fn table(model: &GpuModel, outcome: &Outcome, verified_bytes: Option<u64>) -> Ta
         "per pass",
         format!(
             "{} over the link: {} from memory, {} from the drive",
-            size(vram.link_bytes_per_pass()),
+            size(model.link_bytes_per_pass()),
             size(tiers.memory_bytes),
             size(tiers.drive_bytes)
         ),
@@ -178,6 +183,19 @@ fn table(model: &GpuModel, outcome: &Outcome, verified_bytes: Option<u64>) -> Ta
             100.0 * stats.h2d_pinned_bytes as f64 / (stats.h2d_bytes.max(1)) as f64
         ),
     );
+    if model.packed().is_some() {
+        let text = format!(
+            "{} of weights per pass, out of {}; {} so far",
+            size(vram.link_bytes_per_pass()),
+            size(model.link_bytes_per_pass()),
+            size(stats.unpacked_bytes)
+        );
+        table.field("unpacked in VRAM", text);
+    }
+    if model.is_direct() {
+        let text = format!("{} from the drive into VRAM", size(stats.direct_bytes));
+        table.field("GPUDirect Storage", text);
+    }
     table.field(
         "waits",
         format!("{} of {} acquires", stats.stalls, stats.acquires),

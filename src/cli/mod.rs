@@ -6,8 +6,10 @@
 
 pub mod analyze;
 pub mod bench;
+mod bench_gds;
 #[cfg(feature = "cuda")]
 mod bench_gpu;
+mod bench_kernels;
 pub mod bench_policies;
 #[cfg(feature = "run")]
 pub mod bench_predict;

@@ -1,10 +1,10 @@
 //! From a path to a catalog: opens every shard of a model and reads its headers, and nothing else.
 //!
 //! A path may name a GGUF file, any shard of a split GGUF, a safetensors file, a `model.safetensors.index.json`, or
-//! a directory that holds one of those.
+//! a directory that holds one of those. A compressed model (`flea pack --compress`) is there as if it were the original.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::ShardFile;
+use crate::io::{ShardFile, packed};
 use crate::model::{Catalog, catalog, gguf, safetensors, split_paths};
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -42,6 +42,9 @@ pub fn read_catalog(path: &Path) -> Result<(Catalog, Vec<ShardFile>)> {
             catalog::from_safetensors(vec![header], None, config.as_ref())?,
             vec![file],
         ));
+    }
+    if packed::is_packed(&file)? {
+        return read_gguf(path, ShardFile::open_decoded(path)?);
     }
     read_gguf(path, file)
 }

@@ -58,6 +58,8 @@ pub enum FallbackKind {
     Numa = 8,
     /// A copy of the model failed and is used no more.
     Mirror = 16,
+    /// cuFile refused or not believed: through host memory into VRAM.
+    Gds = 32,
 }
 
 impl FallbackKind {
@@ -70,6 +72,7 @@ impl FallbackKind {
             Self::SmallPages => "small_pages",
             Self::Numa => "numa",
             Self::Mirror => "mirror",
+            Self::Gds => "gds",
         }
     }
 }

@@ -226,6 +226,8 @@ fn reader_number(kind: ReaderKind) -> u32 {
         ReaderKind::Auto => types::FLEA_READER_AUTO,
         ReaderKind::IoUring => types::FLEA_READER_IO_URING,
         ReaderKind::Pread => types::FLEA_READER_PREAD,
+        // No reader of host memory is it.
+        ReaderKind::Gds => types::FLEA_READER_AUTO,
     }
 }
 

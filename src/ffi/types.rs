@@ -77,6 +77,8 @@ pub const FLEA_FALLBACK_SMALL_PAGES: u32 = 4;
 pub const FLEA_FALLBACK_NUMA: u32 = 8;
 /// A bit of flea_stats_data.fallbacks: a copy of the model failed and is used no more.
 pub const FLEA_FALLBACK_MIRROR: u32 = 16;
+/// fallbacks: GPUDirect Storage was refused or not believed; weights reach the GPU through host memory.
+pub const FLEA_FALLBACK_GDS: u32 = 32;
 
 /// tensor flags: rows or globals that the host keeps itself (token embeddings). A tied output head is both.
 pub const FLEA_TENSOR_HOST_KEPT: u32 = 1;

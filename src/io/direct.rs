@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, fcntl, posix_fadvise};
 
+use super::coded_file::{CodedFile, Offsets};
 use super::filesystem::{FUSE, Filesystem, Stated, direct_alignment};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{PAGE_2M, PAGE_4K, align_down, align_up};
@@ -110,6 +111,9 @@ enum Policy {
 pub struct ShardFile {
     path: PathBuf,
     identity: Identity,
+    /// Decoded where it is compressed: then it is there as if it were the original.
+    len_bytes: u64,
+    coded: Option<Box<CodedFile>>,
     filesystem: &'static str,
     direct: DirectIo,
     /// What the readers read from: O_DIRECT, or plain where that is not to be had.
@@ -137,6 +141,18 @@ impl ShardFile {
         Self::open_with(path, Policy::Buffered)
     }
 
+    /// [`ShardFile::open`] of a compressed model (docs/packed-format.md): what is read is the original, decoded on the way.
+    ///
+    /// # Errors
+    /// As [`ShardFile::open`]; what is wrong with the compressed model.
+    pub fn open_decoded(path: &Path) -> Result<Self> {
+        let coded = CodedFile::open(Self::open(path)?, Offsets::Original)?;
+        let mut file = Self::open(path)?;
+        file.len_bytes = coded.len_bytes();
+        file.coded = Some(Box::new(coded));
+        Ok(file)
+    }
+
     fn open_with(path: &Path, policy: Policy) -> Result<Self> {
         let failed =
             |error: std::io::Error| Error::from_io(&error, format_args!("open {}", path.display()));
@@ -153,6 +169,8 @@ impl ShardFile {
         Ok(Self {
             path: path.to_path_buf(),
             identity,
+            len_bytes: identity.len_bytes,
+            coded: None,
             filesystem: filesystem.name,
             direct,
             weights,
@@ -178,7 +196,13 @@ impl ShardFile {
     /// Length when it was opened.
     #[must_use]
     pub const fn len_bytes(&self) -> u64 {
-        self.identity.len_bytes
+        self.len_bytes
+    }
+
+    /// What decodes it, where it is compressed.
+    #[must_use]
+    pub fn coded(&self) -> Option<&CodedFile> {
+        self.coded.as_deref()
     }
 
     /// How its bytes travel.
@@ -275,6 +299,9 @@ impl ShardFile {
 
     /// One read through the page cache, dropped behind; 0 at the end of the file.
     fn read_cached(&self, offset_bytes: u64, bytes: &mut [u8]) -> Result<usize> {
+        if let Some(coded) = &self.coded {
+            return coded.fill(offset_bytes, bytes);
+        }
         loop {
             match self.cached.read_at(bytes, offset_bytes) {
                 Ok(read) => {
@@ -324,6 +351,9 @@ impl ShardFile {
                     self.path.display()
                 ),
             ));
+        }
+        if let Some(coded) = &self.coded {
+            return coded.fill(offset_bytes, bytes);
         }
         let read = self.weights.read_at(bytes, offset_bytes).map_err(|error| {
             Error::from_io(

@@ -10,12 +10,16 @@
 
 pub mod bulk;
 pub mod cached;
+pub mod coded_file;
 pub mod direct;
 pub mod fault;
 mod filesystem;
+#[cfg(feature = "cuda")]
+pub mod gds;
 pub mod mapped;
 mod memory;
 pub mod mirror;
+pub mod packed;
 mod pread;
 pub mod profile;
 mod request;
@@ -58,6 +62,8 @@ pub enum ReaderKind {
     IoUring,
     /// pread threads.
     Pread,
+    /// cuFile, into the memory of a GPU; what it cannot be had for is read as with `Auto`.
+    Gds,
 }
 
 impl ReaderKind {
@@ -68,6 +74,7 @@ impl ReaderKind {
             Self::Auto => "auto",
             Self::IoUring => "io_uring",
             Self::Pread => "pread",
+            Self::Gds => "gds",
         }
     }
 }
@@ -86,8 +93,9 @@ impl FromStr for ReaderKind {
             "auto" => Ok(Self::Auto),
             "io_uring" | "io-uring" | "uring" => Ok(Self::IoUring),
             "pread" => Ok(Self::Pread),
+            "gds" => Ok(Self::Gds),
             _ => Err(format!(
-                "'{text}' is not a reader; write auto, io_uring or pread"
+                "'{text}' is not a reader; write auto, io_uring, pread or, with a GPU, gds"
             )),
         }
     }
@@ -239,11 +247,12 @@ pub struct Resolved {
 
 impl Reader {
     /// A reader over these files. `Auto` falls back to threads where io_uring is not allowed or not there (EPERM,
-    /// EACCES, ENOSYS, ENOMEM, a kernel before 5.11), and for files on FUSE, where io_uring has been seen to complete
+    /// EACCES, ENOSYS, ENOMEM, a kernel before 5.11), for compressed files, and for files on FUSE, where io_uring has been seen to complete
     /// with full length and wrong bytes after a short reply of the server; [`Reader::fallback`] then says why.
     ///
     /// # Errors
-    /// `Permission`, `Unsupported` or `NoMemory` where `IoUring` is asked for and not to be had; `Invalid` for a depth
+    /// `Permission`, `Unsupported` or `NoMemory` where `IoUring` is asked for and not to be had; `Unsupported` for `Gds`, which
+    /// is no reader of host memory; `Invalid` for a depth
     /// over [`DEPTH_MOST`] or an unknown fault.
     pub fn new(files: Arc<[ShardFile]>, options: &ReaderOptions) -> Result<Self> {
         Self::with_faults(files, options, Faults::from_env()?)
@@ -261,8 +270,18 @@ impl Reader {
         let setup = Setup::new(files, options, faults)?;
         match options.kind {
             ReaderKind::Pread => setup.pread(None),
-            ReaderKind::IoUring => setup.uring().map_err(|refused| refused.error),
+            ReaderKind::IoUring => match setup.decoded() {
+                Some(reason) => Err(Error::new(ErrorKind::Unsupported, reason)),
+                None => setup.uring().map_err(|refused| refused.error),
+            },
+            ReaderKind::Gds => Err(Error::new(
+                ErrorKind::Unsupported,
+                "the reader gds reads into the memory of a GPU (--gpu); for host memory write auto, io_uring or pread",
+            )),
             ReaderKind::Auto => {
+                if let Some(reason) = setup.decoded() {
+                    return setup.pread(Some(reason));
+                }
                 if let Some(fuse) = setup.files.iter().find(|file| file.is_fuse()) {
                     let reason = format!(
                         "pread threads instead of io_uring: {} lies on FUSE, where io_uring can return wrong bytes",
@@ -463,6 +482,15 @@ impl Setup {
             faults,
             request_bytes,
         })
+    }
+
+    /// Why io_uring is not the reader of these files, where one of them has to be decoded.
+    fn decoded(&self) -> Option<String> {
+        let file = self.files.iter().find(|file| file.coded().is_some())?;
+        Some(format!(
+            "pread threads instead of io_uring: {} is compressed, and they decode it",
+            file.path().display()
+        ))
     }
 
     fn uring(self) -> std::result::Result<Reader, setup::Refused> {

@@ -9,8 +9,8 @@
 use std::ops::Range;
 
 use super::tiles::{
-    ALIGN_BYTES, Decoder, Encoder, FREQUENCIES_BYTES, Frequencies, TILE_BYTES, TILE_ELEMENTS,
-    raw_bytes, tile_count,
+    ALIGN_BYTES, Damage, Decoder, Encoder, FREQUENCIES_BYTES, Frequencies, TILE_BYTES,
+    TILE_ELEMENTS, raw_bytes, tile_count,
 };
 use crate::error::{Error, ErrorKind, Result};
 
@@ -161,6 +161,14 @@ pub fn elements_of(tile_index: u64, elements: u64) -> usize {
     elements.saturating_sub(begin).min(TILE_ELEMENTS as u64) as usize
 }
 
+/// What a tile is told to be that cannot be decoded; `at_bytes` is its offset in its coded tensor.
+#[must_use]
+pub fn damaged(tile_index: u64, at_bytes: u64, damage: Damage) -> Error {
+    let context =
+        format!("tile {tile_index} at offset {at_bytes} of its coded form is damaged: {damage}");
+    Error::new(ErrorKind::Format, context)
+}
+
 /// The coded form of weights that are all in memory; `None` for no weights, or more than can be coded.
 #[must_use]
 pub fn encode(weights: &[u8]) -> Option<Vec<u8>> {
@@ -201,15 +209,7 @@ pub fn decode(coded: &[u8], out: &mut [u8]) -> Result<()> {
         let place = places.tile(tile_index);
         decoder
             .decode(&coded[place.start as usize..place.end as usize], out)
-            .map_err(|damage| {
-                Error::new(
-                    ErrorKind::Format,
-                    format!(
-                        "tile {tile_index} at offset {} of its coded form is damaged: {damage}",
-                        place.start
-                    ),
-                )
-            })?;
+            .map_err(|damage| damaged(tile_index, place.start, damage))?;
     }
     Ok(())
 }

@@ -168,7 +168,7 @@ fn read_version(cursor: &mut Cursor<'_>) -> Result<u32> {
     if magic == *b"FLEA" {
         return Err(bad_format(
             path,
-            "a model that flea pack --compress made; flea pack --decompress gives the GGUF back",
+            "a model that flea pack --compress made, read as it lies; flea pack --decompress gives the GGUF back",
         ));
     }
     if magic != MAGIC {

@@ -157,7 +157,16 @@ impl Opened {
                 count => count,
             },
         };
-        Ok(Self::Gpu(Box::new(GpuModel::open(path, &gpu, options)?)))
+        let model = GpuModel::open(path, &gpu, options)?;
+        if model.packed().is_some() {
+            let context = format!(
+                "{}: a compressed model goes into VRAM by `flea bench stream` alone; hosts take the GGUF that flea pack --decompress gives \
+                 back",
+                path.display()
+            );
+            return Err(Error::new(ErrorKind::Unsupported, context));
+        }
+        Ok(Self::Gpu(Box::new(model)))
     }
 
     /// Opens `path` with weights on a GPU.

@@ -84,7 +84,7 @@ fn acquire(model: &GpuModel, layer: u32, stop: &AtomicBool) -> Result<()> {
 }
 
 /// Walks once more, reads every byte of every layer back as a kernel would see it, zeros behind tensors included, and
-/// holds it against a plain read of the file. A layer's lease is given back while its last read is still on its way, as a
+/// holds it against a plain read of the file; of a compressed one, against what the processor decodes. A layer's lease is given back while its last read is still on its way, as a
 /// host with kernels does. Returns the bytes compared.
 ///
 /// # Errors
@@ -157,9 +157,14 @@ impl Check<'_> {
         let label = &self.model.catalog().layers[self.layer].label;
         let mut expected = vec![0; found.len()];
         let data = &mut expected[..step.file.len_bytes as usize];
-        self.files[shard]
-            .read_exact_at(data, step.file.offset_bytes)
-            .map_err(|error| Error::from_io(&error, format!("plain read of {}", path.display())))?;
+        match self.model.packed() {
+            Some(packed) => packed.read(step.file.offset_bytes, data)?,
+            None => self.files[shard]
+                .read_exact_at(data, step.file.offset_bytes)
+                .map_err(|error| {
+                    Error::from_io(&error, format!("plain read of {}", path.display()))
+                })?,
+        }
         match expected.iter().zip(found).position(|(a, b)| a != b) {
             None => Ok(()),
             Some(byte) => Err(Error::new(

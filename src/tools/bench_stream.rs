@@ -15,6 +15,7 @@ use nix::sys::time::TimeValLike;
 
 use crate::engine::Stats;
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::{ShardFile, packed};
 use crate::mem::limits;
 use crate::proto::Opened;
 use crate::units::{Extent, MIB};
@@ -163,8 +164,8 @@ pub fn verify(model: &Opened, stop: &AtomicBool) -> Result<u64> {
     let memory = open(Path::new("/proc/self/mem"))?;
     let shards = model.catalog().shards.iter();
     let files = shards
-        .map(|shard| open(&shard.path))
-        .collect::<Result<Vec<File>>>()?;
+        .map(|shard| Plain::open(&shard.path))
+        .collect::<Result<Vec<Plain>>>()?;
     let mut compared_bytes = 0;
     for (index, layer) in model.catalog().layers.iter().enumerate() {
         acquire(model, index as u32, stop)?;
@@ -183,7 +184,37 @@ fn open(path: &Path) -> Result<File> {
     File::open(path).map_err(|error| Error::from_io(&error, format!("open {}", path.display())))
 }
 
-fn compare(model: &Opened, memory: &File, file: &File, extent: &Extent, label: &str) -> Result<()> {
+/// A file read plainly, or decoded where it is compressed.
+enum Plain {
+    File(File),
+    Decoded(ShardFile),
+}
+
+impl Plain {
+    fn open(path: &Path) -> Result<Self> {
+        match packed::is_packed(&ShardFile::open_buffered(path)?)? {
+            true => ShardFile::open_decoded(path).map(Self::Decoded),
+            false => open(path).map(Self::File),
+        }
+    }
+
+    fn read(&self, bytes: &mut [u8], offset_bytes: u64, place: &str) -> Result<()> {
+        match self {
+            Self::Decoded(file) => file.read_exact_at(offset_bytes, bytes),
+            Self::File(file) => file
+                .read_exact_at(bytes, offset_bytes)
+                .map_err(|error| Error::from_io(&error, format!("plain read of {place}"))),
+        }
+    }
+}
+
+fn compare(
+    model: &Opened,
+    memory: &File,
+    file: &Plain,
+    extent: &Extent,
+    label: &str,
+) -> Result<()> {
     let path = &model.catalog().shards[extent.shard_index as usize].path;
     let mut expected = vec![0; STEP_BYTES as usize];
     let mut found = vec![0; STEP_BYTES as usize];
@@ -192,8 +223,7 @@ fn compare(model: &Opened, memory: &File, file: &File, extent: &Extent, label: &
         let len = (extent.end_bytes() - offset_bytes).min(STEP_BYTES) as usize;
         let (expected, found) = (&mut expected[..len], &mut found[..len]);
         let place = format!("{label}: {} at offset {offset_bytes}", path.display());
-        file.read_exact_at(expected, offset_bytes)
-            .map_err(|error| Error::from_io(&error, format!("plain read of {place}")))?;
+        file.read(expected, offset_bytes, &place)?;
         let address = model.address(extent.shard_index, offset_bytes) as u64;
         memory
             .read_exact_at(found, address)
@@ -210,7 +240,9 @@ fn compare(model: &Opened, memory: &File, file: &File, extent: &Extent, label: &
         }
         offset_bytes += len as u64;
     }
-    drop_cached(file, extent);
+    if let Plain::File(file) = file {
+        drop_cached(file, extent);
+    }
     Ok(())
 }
 

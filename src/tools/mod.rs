@@ -4,6 +4,8 @@
 pub mod analyze;
 #[cfg(feature = "cuda")]
 pub mod bench_gpu;
+#[cfg(feature = "cuda")]
+pub mod bench_kernels;
 pub mod bench_stream;
 pub mod compress;
 pub mod doctor;

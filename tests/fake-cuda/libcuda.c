@@ -7,6 +7,9 @@
  * a reader that does not wait for the event sees poison. New memory is poison too. What a driver forbids is refused: copies
  * outside of mapped memory with access, host ranges that are pinned in part, calls without a context.
  *
+ * Kernels are those of kernels/flea.cu, compiled for the processor (kernels.cpp): they run in stream order, take their time as
+ * copies do, and what they overwrite shows poison meanwhile. One that would touch memory that is not mapped is not run.
+ *
  * There is no device-wide synchronisation here at all: a program that calls one does not find it.
  *
  * Environment, read once:
@@ -15,10 +18,12 @@
  *   FAKE_CUDA_MEMORY=BYTES    of each GPU (256 MiB)
  *   FAKE_CUDA_TAKEN=BYTES     of that, what others hold (0)
  *   FAKE_CUDA_DELAY_US=N      what a copy takes: up to three times this, by chance (200)
- *   FAKE_CUDA_READ_US=N       the same for copies out of the GPU's memory, which stand for kernels (as above)
- *   FAKE_CUDA_LOST_AFTER=N    the GPU is lost at the N-th copy: from then on every call fails
+ *   FAKE_CUDA_READ_US=N       the same for copies out of the GPU's memory, and for kernels (as above)
+ *   FAKE_CUDA_LOST_AFTER=N    the GPU is lost at the N-th copy or kernel: from then on every call fails
  *   FAKE_CUDA_IMPORT=refuse   descriptors of memory are not taken
  *   FAKE_CUDA_PIN=refuse      host memory cannot be pinned
+ *   FAKE_CUDA_IMAGE=refuse    images of kernels are for other GPUs
+ *   FAKE_CUDA_KERNEL=NAME     images lack this kernel
  *   FAKE_CUDA_SEED=N          of the order between streams (1)
  */
 #define _GNU_SOURCE
@@ -34,27 +39,12 @@
 #include <time.h>
 #include <unistd.h>
 
-typedef int CUresult;
+#include "errors.h"
+#include "kernels.h"
+
 typedef int CUdevice;
 typedef unsigned long long CUdeviceptr;
 typedef unsigned long long CUmemGenericAllocationHandle;
-
-enum {
-  SUCCESS = 0,
-  INVALID_VALUE = 1,
-  OUT_OF_MEMORY = 2,
-  NOT_INITIALIZED = 3,
-  DEVICE_UNAVAILABLE = 46,
-  NO_DEVICE = 100,
-  INVALID_DEVICE = 101,
-  INVALID_CONTEXT = 201,
-  INVALID_HANDLE = 400,
-  NOT_READY = 600,
-  ILLEGAL_ADDRESS = 700,
-  ALREADY_REGISTERED = 712,
-  NOT_REGISTERED = 713,
-  NOT_PERMITTED = 800,
-};
 
 enum { ATTRIBUTE_MAJOR = 75, ATTRIBUTE_MINOR = 76, ATTRIBUTE_VMM = 102, ATTRIBUTE_POSIX_FD = 103 };
 enum { DEVICES_MAX = 8, POISON = 0xA5 };
@@ -100,7 +90,7 @@ typedef struct Event {
   bool destroyed;
 } Event;
 
-typedef enum { COPY, SET, RECORD, WAIT, HOST } Kind;
+typedef enum { COPY, SET, LAUNCH, RECORD, WAIT, HOST } Kind;
 typedef struct Op {
   Kind kind;
   void *to;
@@ -112,6 +102,9 @@ typedef struct Op {
   size_t len;
   Event *event;
   unsigned long serial;
+  const FakeKernel *kernel;
+  unsigned blocks;
+  unsigned long long parameters[FAKE_PARAMETERS_MAX];
   void (*call)(void *);
   void *argument;
   bool *done;
@@ -134,7 +127,7 @@ static int devices_count, driver_version;
 static size_t memory_bytes, taken_bytes, used_bytes[DEVICES_MAX];
 static unsigned long delay_us, read_us, lost_after, copies_count;
 static uint64_t choice;
-static bool import_refused, pin_refused;
+static bool import_refused, pin_refused, image_refused;
 static Handle *handles;
 static Range *reservations, *mappings, *pinned;
 static Stream *streams;
@@ -205,31 +198,52 @@ static uint64_t next_due(void) {
   return due;
 }
 
+static bool is_legal_launch(const Op *op) {
+  FakeSpan spans[FAKE_SPANS_MAX];
+  unsigned count = op->kernel->touches(op->parameters, spans);
+  for (unsigned i = 0; i < count; i++)
+    if (!accessible((void *)(uintptr_t)spans[i].at, spans[i].len, spans[i].written ? 3 : 1)) return false;
+  return true;
+}
+
 static bool is_legal(const Op *op) {
+  if (op->kind == LAUNCH) return is_legal_launch(op);
   return (!op->to_device || accessible(op->to, op->len, 3)) && (!op->from_device || accessible(op->from, op->len, 1));
 }
 
+/* What a kernel overwrites as a whole. What it adds to stays as it is. */
+static void poison_outputs(const Op *op) {
+  FakeSpan spans[FAKE_SPANS_MAX];
+  unsigned count = op->kernel->touches(op->parameters, spans);
+  for (unsigned i = 0; i < count; i++)
+    if (spans[i].written && !spans[i].read) memset((void *)(uintptr_t)spans[i].at, POISON, spans[i].len);
+}
+
 /* Its target shows poison from now on, and others come in between. */
-static void begin_copy(Op *op, uint64_t now) {
+static void begin_work(Op *op, uint64_t now) {
   if (lost_after && ++copies_count >= lost_after) {
     broken = DEVICE_UNAVAILABLE;
     return;
   }
   if (!is_legal(op)) {
-    fprintf(stderr, "fake libcuda: a copy of %zu bytes outside of mapped memory\n", op->len);
+    const char *what = op->kernel ? op->kernel->name : "a copy";
+    fprintf(stderr, "fake libcuda: %s of %zu bytes outside of mapped memory\n", what, op->len);
     broken = ILLEGAL_ADDRESS;
     return;
   }
   op->begun = true;
-  op->due_ns = now + (op->from_device ? read_us : delay_us) * (1000 + chance(2001));
+  op->due_ns = now + (op->from_device || op->kernel ? read_us : delay_us) * (1000 + chance(2001));
   bool overlaps_itself = op->from_device && op->to_device;
   if (op->to_device && !overlaps_itself) memset(op->to, POISON, op->len);
+  if (op->kernel) poison_outputs(op);
 }
 
-static void end_copy(const Op *op) {
+static void end_work(const Op *op) {
   if (!is_legal(op)) {
-    fprintf(stderr, "fake libcuda: memory of a copy of %zu bytes was unmapped before its end\n", op->len);
+    fprintf(stderr, "fake libcuda: memory of a copy or kernel of %zu bytes was unmapped before its end\n", op->len);
     broken = ILLEGAL_ADDRESS;
+  } else if (op->kernel) {
+    op->kernel->run(op->blocks, op->parameters);
   } else if (op->kind == SET) {
     memset(op->to, op->value, op->len);
   } else {
@@ -242,12 +256,12 @@ static bool host_call(Op *op, uint64_t now);
 static void run(Stream *stream, uint64_t now) {
   Op *op = stream->head;
   if (!host_call(op, now)) return;
-  bool is_copy = op->kind == COPY || op->kind == SET;
-  if (is_copy && !op->begun) {
-    begin_copy(op, now);
+  bool takes_time = op->kind == COPY || op->kind == SET || op->kind == LAUNCH;
+  if (takes_time && !op->begun) {
+    begin_work(op, now);
     return;
   }
-  if (is_copy) end_copy(op);
+  if (takes_time) end_work(op);
   if (op->kind == RECORD && op->event->done < op->serial) op->event->done = op->serial;
   stream->head = op->next;
   if (!stream->head) stream->tail = &stream->head;
@@ -301,6 +315,7 @@ static void begin(void) {
   choice = number("FAKE_CUDA_SEED", 1);
   import_refused = says_refuse("FAKE_CUDA_IMPORT");
   pin_refused = says_refuse("FAKE_CUDA_PIN");
+  image_refused = says_refuse("FAKE_CUDA_IMAGE");
   pthread_t thread;
   if (pthread_create(&thread, NULL, engine, NULL) == 0) pthread_detach(thread);
 }
@@ -410,35 +425,6 @@ CUresult cuMemGetInfo_v2(size_t *free_bytes, size_t *total_bytes) {
   *free_bytes = held < memory_bytes ? memory_bytes - held : 0;
   *total_bytes = memory_bytes;
   LEAVE();
-}
-
-CUresult cuGetErrorName(CUresult error, const char **name) {
-  static const struct {
-    CUresult code;
-    const char *name;
-  } names[] = {
-      {SUCCESS, "CUDA_SUCCESS"},
-      {INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE"},
-      {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY"},
-      {NOT_INITIALIZED, "CUDA_ERROR_NOT_INITIALIZED"},
-      {DEVICE_UNAVAILABLE, "CUDA_ERROR_DEVICE_UNAVAILABLE"},
-      {NO_DEVICE, "CUDA_ERROR_NO_DEVICE"},
-      {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE"},
-      {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT"},
-      {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE"},
-      {NOT_READY, "CUDA_ERROR_NOT_READY"},
-      {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS"},
-      {ALREADY_REGISTERED, "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED"},
-      {NOT_REGISTERED, "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED"},
-      {NOT_PERMITTED, "CUDA_ERROR_NOT_PERMITTED"},
-  };
-  for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-    if (names[i].code == error) {
-      *name = names[i].name;
-      return SUCCESS;
-    }
-  *name = NULL;
-  return INVALID_VALUE;
 }
 
 /* ---- memory ---------------------------------------------------------------------------------------------------- */
@@ -786,4 +772,6 @@ CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t len, void *
   LEAVE();
 }
 
+#include "alloc.h"
+#include "launch.h"
 #include "host_func.h"

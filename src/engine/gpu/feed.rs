@@ -13,7 +13,8 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use super::source::{Source, pieces_between};
+use super::direct::{self, Direct};
+use super::source::{Copied, Source, pieces_between};
 use crate::engine::layout::Layout;
 use crate::engine::state::{Job, Outcome};
 use crate::engine::wait::Hall;
@@ -37,6 +38,8 @@ pub(super) struct Core {
     // Stages wait for their copies; only then the memory that is copied to may go.
     pub(super) below: OnceLock<Arc<Source>>,
     pub(super) resident: Mutex<Option<Arc<Source>>>,
+    /// In place of both: what reads past host memory.
+    pub(super) direct: Option<Direct>,
     /// Per slot, the events behind which it may be written again.
     pub(super) last_uses: Mutex<Vec<Vec<Event>>>,
     pub(super) pool: VramPool,
@@ -57,8 +60,22 @@ pub(super) struct Counted {
     pub(super) h2d_pinned_bytes: AtomicU64,
     pub(super) h2d_resident_bytes: AtomicU64,
     pub(super) copies: AtomicU64,
+    pub(super) unpacked_bytes: AtomicU64,
     /// Read for resident pages by a source that is gone.
     pub(super) resident_read_bytes: AtomicU64,
+}
+
+impl Counted {
+    fn add(&self, copied: &Copied) {
+        for (counter, more) in [
+            (&self.copies, copied.copies),
+            (&self.h2d_bytes, copied.bytes),
+            (&self.h2d_pinned_bytes, copied.pinned_bytes),
+            (&self.unpacked_bytes, copied.unpacked_bytes),
+        ] {
+            counter.fetch_add(more, Ordering::Relaxed);
+        }
+    }
 }
 
 /// A flag that stays up until somebody has seen it.
@@ -85,15 +102,27 @@ impl Bell {
     }
 }
 
-/// A piece that the driver has been asked to copy.
+/// A piece that was asked for.
 struct Issued {
     fetch: u32,
     request: u32,
-    event: Event,
-    source: Arc<Source>,
-    /// The layer of the source, and how many leases of it are held.
-    layer: u32,
-    leases: u32,
+    arrival: Arrival,
+}
+
+/// How it comes.
+enum Arrival {
+    /// Out of host memory: the driver has been asked to copy it.
+    Copied {
+        event: Event,
+        source: Arc<Source>,
+        /// The layer of the source, and how many leases of it are held.
+        layer: u32,
+        leases: u32,
+        /// Where it is told whether what was unpacked was damaged.
+        word: Option<u32>,
+    },
+    /// Past host memory: somebody reads it, and gives the event behind its last copy.
+    Read(Receiver<Result<Event>>),
 }
 
 /// The threads.
@@ -219,34 +248,64 @@ impl Core {
     }
 
     fn issue_piece(&self, job: Job, request: u32) -> Result<Issued> {
+        let arrival = match &self.direct {
+            Some(direct) => self.issue_read(direct, job, request)?,
+            None => self.issue_copies(job, request)?,
+        };
+        Ok(Issued {
+            fetch: job.fetch,
+            request,
+            arrival,
+        })
+    }
+
+    fn issue_read(&self, direct: &Direct, job: Job, request: u32) -> Result<Arrival> {
+        if request == 0 {
+            let events = job.slot.map_or_else(Vec::new, |slot| self.readers_of(slot));
+            direct.close_gate(&events)?;
+        }
+        let (start, len) = self.layout.request_range(job.fetch, request);
+        let pieces = pieces_between(&self.pieces, start, start + len);
+        let bytes = pieces.iter().map(|piece| piece.file.len_bytes).sum();
+        self.counted.h2d_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if job.slot.is_none() {
+            let counter = &self.counted.h2d_resident_bytes;
+            counter.fetch_add(bytes, Ordering::Relaxed);
+        }
+        let answer = direct.read(pieces, self.pool.base())?;
+        Ok(Arrival::Read(answer))
+    }
+
+    fn issue_copies(&self, job: Job, request: u32) -> Result<Arrival> {
         let (source, layer) = self.source_of(job.fetch, request)?;
         if let (Some(slot), 0) = (job.slot, request) {
             self.wait_for_readers(&source, slot)?;
         }
         let (start, len) = self.layout.request_range(job.fetch, request);
-        let mut leases = 0;
-        let pieces = pieces_between(&self.pieces, start, start + len);
-        let event = pieces
+        let (mut leases, mut bytes) = (0, 0);
+        let word = source.begin()?;
+        let event = pieces_between(&self.pieces, start, start + len)
             .iter()
-            .try_for_each(|piece| self.copy(&source, layer, piece, &mut leases))
-            .and_then(|()| source.stage().record());
+            .try_for_each(|piece| {
+                bytes += self.copy(&source, layer, piece, (&mut leases, word))?;
+                Ok(())
+            })
+            .and_then(|()| source.record(word));
         if job.slot.is_none() {
-            let bytes = pieces.iter().map(|piece| piece.file.len_bytes).sum();
             let counter = &self.counted.h2d_resident_bytes;
             counter.fetch_add(bytes, Ordering::Relaxed);
         }
         match event {
-            Ok(event) => Ok(Issued {
-                fetch: job.fetch,
-                request,
+            Ok(event) => Ok(Arrival::Copied {
                 event,
                 source,
                 layer,
                 leases,
+                word,
             }),
             Err(error) => {
                 // Copies that were asked for before it went wrong still read the memory below.
-                let _ = source.stage().record().and_then(|event| event.wait());
+                let _ = source.record(word).and_then(|event| event.wait());
                 source.release(layer, leases);
                 Err(error)
             }
@@ -268,35 +327,40 @@ impl Core {
 
     /// Has the copies wait, on the GPU, for everybody who reads a slot.
     fn wait_for_readers(&self, source: &Source, slot: u32) -> Result<()> {
-        if ignore_readers() {
-            return Ok(());
-        }
-        let events = std::mem::take(&mut self.last_uses()[slot as usize]);
-        events
+        self.readers_of(slot)
             .iter()
             .try_for_each(|event| source.stage().wait(event))
     }
 
-    fn copy(&self, source: &Source, layer: u32, piece: &Piece, leases: &mut u32) -> Result<()> {
+    /// The events of everybody who reads a slot.
+    fn readers_of(&self, slot: u32) -> Vec<Event> {
+        if ignore_readers() {
+            return Vec::new();
+        }
+        std::mem::take(&mut self.last_uses()[slot as usize])
+    }
+
+    /// Gives the bytes that go over the link.
+    fn copy(
+        &self,
+        source: &Source,
+        layer: u32,
+        piece: &Piece,
+        (leases, word): (&mut u32, Option<u32>),
+    ) -> Result<u64> {
         let to = self.pool.base() + piece.offset_bytes;
+        let mut copied = Copied::default();
         if piece.file.len_bytes > 0 {
             self.lease_below(source, layer, piece)?;
             *leases += 1;
-            let (copies, pinned_bytes) = source.copy(&piece.file, to)?;
-            let counted = &self.counted;
-            counted.copies.fetch_add(copies, Ordering::Relaxed);
-            counted
-                .h2d_pinned_bytes
-                .fetch_add(pinned_bytes, Ordering::Relaxed);
-            counted
-                .h2d_bytes
-                .fetch_add(piece.file.len_bytes, Ordering::Relaxed);
+            copied = source.copy(&piece.file, to, word)?;
+            self.counted.add(&copied);
         }
         if piece.padding_bytes > 0 {
             let behind = to + piece.file.len_bytes;
             source.stage().zero(behind, piece.padding_bytes as usize)?;
         }
-        Ok(())
+        Ok(copied.bytes)
     }
 
     /// Waits until the bytes of a piece have landed.
@@ -318,11 +382,9 @@ impl Core {
 
     fn retire_all(&self, receiver: &Receiver<Issued>) {
         for issued in receiver {
-            let done = issued.event.wait();
-            issued.source.release(issued.layer, issued.leases);
-            self.retired.ring();
             let (fetch, request) = (issued.fetch, issued.request);
-            drop(issued);
+            let done = self.arrived(issued);
+            self.retired.ring();
             let mut state = self.hall.state();
             let outcome = state.completed(fetch, request, done, true);
             let is_resident = self.layout.fetches[fetch as usize].transient_of.is_none();
@@ -339,6 +401,26 @@ impl Core {
             if hungry {
                 self.bell.ring();
             }
+        }
+    }
+
+    /// Waits for a piece and gives back what it came out of.
+    fn arrived(&self, issued: Issued) -> Result<()> {
+        match issued.arrival {
+            Arrival::Copied {
+                event,
+                source,
+                layer,
+                leases,
+                word,
+            } => {
+                let (start, len) = self.layout.request_range(issued.fetch, issued.request);
+                let pieces = pieces_between(&self.pieces, start, start + len);
+                let done = event.wait().and_then(|()| source.check(word, &pieces));
+                source.release(layer, leases);
+                done
+            }
+            Arrival::Read(answer) => answer.recv().map_err(|_| direct::gone())??.wait(),
         }
     }
 

@@ -13,7 +13,10 @@
 //! memory is released to the drive only when the copy out of it is done. Place in
 //! `file -> catalog -> plan -> reader -> pool -> **lease** -> host`, on the far side of the link.
 
+mod direct;
 mod feed;
+mod opening;
+mod packed;
 mod source;
 
 use std::path::Path;
@@ -23,20 +26,23 @@ use std::time::Duration;
 
 use super::layout::{Layout, Spans};
 use super::leases::thread_id;
-use super::open::read_catalog;
 use super::options::{BudgetSpec, OpenOptions};
 use super::state::{Need, State};
-use super::stats::{BudgetReport, Stats};
+use super::stats::{BudgetReport, Fallback, Stats};
 use super::wait::{Asked, Hall};
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{ShardFile, mirror};
-use crate::mem::cuda::{Context, Event, Stream, VramPool};
+use crate::io::coded_file::CodedFile;
+use crate::io::{ReaderKind, ShardFile, mirror};
+use crate::mem::cuda::{Context, Event, Stream, Unpacker, VramPool};
 use crate::model::Catalog;
 use crate::plan::image::Places;
 use crate::plan::tiers::VRAM_PAGE_BYTES;
 use crate::plan::{self, Plan, TierShare, VramPlan};
 use crate::units::MIB;
+use direct::Direct;
 use feed::{Core, Counted, Feed};
+pub use opening::catalog_of;
+use opening::{open_files, start_direct, unpacking};
 use source::{Source, Sources};
 
 /// Copied, waited for and counted as one: short enough that compute can begin while a layer arrives, long enough that an
@@ -67,7 +73,7 @@ pub struct GpuStats {
     pub stalls: u64,
     /// Time they waited.
     pub stall_ns: u64,
-    /// Bytes copied into VRAM.
+    /// Bytes copied into VRAM over the link.
     pub h2d_bytes: u64,
     /// Of those: out of pinned memory.
     pub h2d_pinned_bytes: u64,
@@ -75,6 +81,8 @@ pub struct GpuStats {
     pub h2d_resident_bytes: u64,
     /// Copies asked for.
     pub copies: u64,
+    /// Weights that came coded and were unpacked in VRAM.
+    pub unpacked_bytes: u64,
     /// Host memory that is pinned.
     pub pinned_bytes: u64,
     /// Why not all of it can be.
@@ -83,6 +91,8 @@ pub struct GpuStats {
     pub host: Stats,
     /// Bytes read from the drive, those of resident pages included.
     pub bytes_read: u64,
+    /// Of those, what cuFile read, past host memory.
+    pub direct_bytes: u64,
 }
 
 /// A model on a GPU.
@@ -97,6 +107,9 @@ pub struct GpuModel {
     vram: VramPlan,
     spans: Spans,
     places: Places,
+    packed: Option<Arc<CodedFile>>,
+    /// Why it is not read by cuFile, though it was asked for.
+    not_direct: Option<Fallback>,
 }
 
 /// What host memory is planned from, once the host has all of its own.
@@ -107,26 +120,41 @@ struct Waiting {
 }
 
 impl GpuModel {
-    /// Opens the model at `path` (see [`read_catalog`]) with weights on a GPU. `options` say how the rest is held in host
-    /// memory and read; their backing is not looked at.
+    /// Opens the model at `path` (see [`super::read_catalog`]), or a compressed one, with weights on a GPU. `options` say how the
+    /// rest is held in host memory and read; their backing is not looked at. With [`ReaderKind::Gds`] it is not held there,
+    /// where cuFile works; else [`GpuStats::host`] tells why not.
     ///
     /// # Errors
     /// Those of [`super::Model::open`]; `Refused` when VRAM or memory do not do, with the arithmetic; `Unsupported` and
     /// `NotFound` without driver or GPU.
     pub fn open(path: &Path, gpu: &GpuOptions, options: OpenOptions) -> Result<Self> {
-        let (catalog, files) = read_catalog(path)?;
-        let files = mirror::open(files, &options.mirrors)?.into();
-        let vram = VramPlan::new(&catalog, gpu.vram_bytes, gpu.slots_count)?;
+        let (packed, catalog, files) = open_files(path)?;
+        let files: Arc<[ShardFile]> = mirror::open(files, &options.mirrors)?.into();
         let context = Context::new(gpu.index)?;
+        let wants_direct = options.reader.kind == ReaderKind::Gds;
+        let (direct, not_direct) = match wants_direct {
+            true => start_direct(&context, &files, packed.is_some()),
+            false => (None, None),
+        };
+        // What unpacks or reads works in VRAM, too.
+        let unpacker_bytes = packed
+            .as_ref()
+            .map_or(0, |_| Unpacker::vram_bytes(PIECE_BYTES));
+        let direct_bytes = direct.as_ref().map_or(0, |_| Direct::vram_bytes());
+        let weights_bytes = gpu.vram_bytes.saturating_sub(unpacker_bytes + direct_bytes);
+        let vram = VramPlan::new(&catalog, weights_bytes, gpu.slots_count)?;
         let pool = VramPool::new(&context, vram.image.len_bytes, &vram.plan)?;
         let layout = Arc::new(layout_of(&vram));
         let page_bytes = options
             .page_bytes
             .unwrap_or_else(|| plan::default_page_bytes(&catalog));
-        let options = OpenOptions {
+        let mut options = OpenOptions {
             page_bytes: Some(page_bytes),
             ..options
         };
+        if wants_direct {
+            options.reader.kind = ReaderKind::Auto;
+        }
         let slots_count = layout.slots_count as usize;
         let core = Arc::new(Core {
             hall: Hall {
@@ -138,6 +166,7 @@ impl GpuModel {
             pieces: vram.image.pieces.concat(),
             below: OnceLock::new(),
             resident: Mutex::new(None),
+            direct,
             relay: Stream::new(&context)?,
             pool,
             last_uses: Mutex::new((0..slots_count).map(|_| Vec::new()).collect()),
@@ -161,6 +190,8 @@ impl GpuModel {
             places: Places::new(&vram.image),
             catalog,
             vram,
+            packed,
+            not_direct,
         };
         if !defer_plan {
             model.start()?;
@@ -179,14 +210,14 @@ impl GpuModel {
         };
         let core = &self.core;
         let context = core.pool.context();
-        let sources = Sources::open(
-            &self.catalog,
-            &self.vram,
-            &core.layout,
-            files,
-            options,
-            context,
-        )?;
+        let sources = match &core.direct {
+            Some(_) => Sources::default(),
+            None => {
+                let unpacking = unpacking(context, self.packed.as_ref())?;
+                let on = (context, unpacking.as_ref());
+                Sources::open(&self.catalog, &self.vram, &core.layout, files, options, on)?
+            }
+        };
         if let Some(below) = sources.below {
             let _ = core.below.set(below);
         }
@@ -200,6 +231,27 @@ impl GpuModel {
     #[must_use]
     pub fn is_started(&self) -> bool {
         self.feed.get().is_some()
+    }
+
+    /// Whether weights come past host memory.
+    #[must_use]
+    pub fn is_direct(&self) -> bool {
+        self.core.direct.is_some()
+    }
+
+    /// The compressed model that this one is, if it is one: its catalog has offsets of its own.
+    #[must_use]
+    pub fn packed(&self) -> Option<&CodedFile> {
+        self.packed.as_deref()
+    }
+
+    /// Bytes of the files that come over the link in each pass: fewer than the weights where these are compressed.
+    #[must_use]
+    pub fn link_bytes_per_pass(&self) -> u64 {
+        match self.core.below.get() {
+            Some(below) => below.catalog().layer_bytes(),
+            None => self.vram.link_bytes_per_pass(),
+        }
     }
 
     /// What is in the files.
@@ -226,18 +278,28 @@ impl GpuModel {
         self.core.below.get().and_then(|below| below.budget())
     }
 
-    /// Where each layer's bytes stay between two passes.
+    /// Where each layer's bytes stay between two passes; of a compressed model those below VRAM are counted as they lie in
+    /// the file.
     #[must_use]
     pub fn shares(&self) -> Vec<TierShare> {
-        match self.host_plan() {
-            Some(lower) => self.vram.shares(&self.catalog, lower),
-            None => {
-                let whole = |bytes: u64| TierShare {
-                    vram_bytes: bytes,
-                    ..TierShare::default()
-                };
-                let layers = self.catalog.layers.iter();
-                layers.map(|layer| whole(layer.bytes)).collect()
+        match (self.host_plan(), self.core.below.get()) {
+            (Some(lower), Some(below)) => {
+                let mut shares = self.vram.shares(&self.catalog, lower);
+                for (share, stored) in shares.iter_mut().zip(&below.catalog().layers) {
+                    share.drive_bytes = stored.bytes.saturating_sub(share.memory_bytes);
+                }
+                shares
+            }
+            // Nothing is streamed, or all of it past host memory.
+            _ => {
+                let layers = self.catalog.layers.iter().zip(&self.vram.below.layers);
+                layers
+                    .map(|(layer, streamed)| TierShare {
+                        vram_bytes: layer.bytes - streamed.bytes,
+                        memory_bytes: 0,
+                        drive_bytes: streamed.bytes,
+                    })
+                    .collect()
             }
         }
     }
@@ -360,10 +422,12 @@ impl GpuModel {
     #[must_use]
     pub fn stats(&self) -> GpuStats {
         let core = &self.core;
-        let host = core
+        let mut host = core
             .below
             .get()
             .map_or_else(Stats::default, |below| below.stats());
+        host.fallbacks.extend(self.not_direct.clone());
+        let direct_bytes = core.direct.as_ref().map_or(0, Direct::bytes_read);
         let pins = core.below.get().map(|below| below.stage().pinned());
         let counted = &core.counted;
         let state = core.hall.state();
@@ -378,11 +442,13 @@ impl GpuModel {
             h2d_pinned_bytes: counted.h2d_pinned_bytes.load(Ordering::Relaxed),
             h2d_resident_bytes: counted.h2d_resident_bytes.load(Ordering::Relaxed),
             copies: counted.copies.load(Ordering::Relaxed),
+            unpacked_bytes: counted.unpacked_bytes.load(Ordering::Relaxed),
             pinned_bytes: pins.map_or(0, |pins| pins.pinned_bytes()),
             not_pinned: pins
                 .and_then(|pins| pins.failure())
                 .map(|error| error.to_string()),
-            bytes_read: host.bytes_read + resident_read + core.resident_bytes_read(),
+            bytes_read: host.bytes_read + resident_read + core.resident_bytes_read() + direct_bytes,
+            direct_bytes,
             host,
         }
     }

@@ -7,12 +7,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::less;
+use super::packed::stored_catalog;
 use crate::engine::layout::Layout;
 use crate::engine::{BudgetReport, BudgetSpec, Model, OpenOptions, Stats};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::ShardFile;
+use crate::io::coded_file::{CodedFile, Tiles};
 use crate::mem::Backing;
-use crate::mem::cuda::{Context, Stage};
+use crate::mem::cuda::unpack::Batch;
+use crate::mem::cuda::{Context, Event, Stage, Unpacker};
 use crate::model::{Catalog, Layer, LayerKind, Use};
 use crate::plan::image::Piece;
 use crate::plan::{PageRun, Plan, PlanOptions, SLOTS_DEFAULT, VramPlan, smallest_budget_bytes};
@@ -36,10 +39,30 @@ pub(super) struct Source {
     model: Model,
     /// Of resident fetches: the layer of the first piece of each; empty for the model that is streamed.
     first_layers: Vec<u32>,
+    packed: Option<Packed>,
+}
+
+/// Where weights are coded: in which tiles, and what unpacks them.
+#[derive(Debug, Clone)]
+pub(super) struct Packed {
+    pub(super) file: Arc<CodedFile>,
+    pub(super) unpacker: Arc<Unpacker>,
+}
+
+/// What was asked of the driver for some weights.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Copied {
+    pub(super) copies: u64,
+    /// Over the link.
+    pub(super) bytes: u64,
+    /// Of those, out of pinned memory.
+    pub(super) pinned_bytes: u64,
+    /// Weights that are unpacked in VRAM.
+    pub(super) unpacked_bytes: u64,
 }
 
 /// Everything a GPU's bytes come from.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Sources {
     /// What is streamed in each pass; `None` where nothing is.
     pub(super) below: Option<Arc<Source>>,
@@ -58,9 +81,14 @@ impl Sources {
         layout: &Layout,
         files: &Arc<[ShardFile]>,
         options: &OpenOptions,
-        context: &Arc<Context>,
+        (context, packed): (&Arc<Context>, Option<&Packed>),
     ) -> Result<Self> {
+        let stored = |catalog: Catalog| match packed {
+            Some(packed) => stored_catalog(&packed.file, &catalog),
+            None => Ok(catalog),
+        };
         let (once, first_layers) = resident_catalog(catalog, vram, layout);
+        let once = stored(once)?;
         let plan_once = PlanOptions {
             slots_count: SLOTS_DEFAULT,
             page_bytes: PAGE_4K,
@@ -75,7 +103,7 @@ impl Sources {
                     page_bytes: Some(plan_once.page_bytes),
                     ..below_options(options)
                 };
-                let source = Source::open(once, files, options, context, first_layers)?;
+                let source = Source::open(once, files, options, (context, packed), first_layers)?;
                 source.stage.pinned().pin_all();
                 Some(Arc::new(source))
             }
@@ -87,7 +115,8 @@ impl Sources {
                     budget: less(options.budget, once_bytes),
                     ..below_options(options)
                 };
-                let source = Source::open(vram.below.clone(), files, options, context, Vec::new())?;
+                let below = stored(vram.below.clone())?;
+                let source = Source::open(below, files, options, (context, packed), Vec::new())?;
                 Some(Arc::new(source))
             }
         };
@@ -166,7 +195,7 @@ impl Source {
         catalog: Catalog,
         files: &Arc<[ShardFile]>,
         options: OpenOptions,
-        context: &Arc<Context>,
+        (context, packed): (&Arc<Context>, Option<&Packed>),
         first_layers: Vec<u32>,
     ) -> Result<Self> {
         let model = Model::again(Arc::new(catalog), Arc::clone(files), options)?;
@@ -178,12 +207,18 @@ impl Source {
             segments,
             model,
             first_layers,
+            packed: packed.cloned(),
         })
     }
 
     /// The layer of this model that holds a piece of a resident fetch.
     pub(super) fn layer_of_piece(&self, fetch: u32, request: u32) -> u32 {
         self.first_layers.get(fetch as usize).copied().unwrap_or(0) + request
+    }
+
+    /// What of the files is streamed, as it lies there.
+    pub(super) fn catalog(&self) -> &Catalog {
+        self.model.catalog()
     }
 
     pub(super) fn plan(&self) -> Option<&Plan> {
@@ -211,6 +246,10 @@ impl Source {
     /// # Errors
     /// As [`Model::acquire`].
     pub(super) fn acquire(&self, layer: u32, file: &Extent, patience: Duration) -> Result<()> {
+        let file = match &self.packed {
+            Some(packed) => packed.file.stored(file)?.extent,
+            None => *file,
+        };
         let address = self.model.address(file.shard_index, file.offset_bytes) as usize;
         let range = (address, file.len_bytes as usize);
         self.model.acquire(layer, Some(range), Some(patience))
@@ -225,22 +264,110 @@ impl Source {
         }
     }
 
-    /// Copies leased bytes of the files to an address in VRAM. Returns copies asked for and bytes that were pinned.
+    /// A word in which is told whether what is unpacked for one request was damaged.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub(super) fn begin(&self) -> Result<Option<u32>> {
+        let unpacker = self.packed.as_ref().map(|packed| &packed.unpacker);
+        unpacker.map(|unpacker| unpacker.begin()).transpose()
+    }
+
+    /// Sets a mark behind everything asked for a request.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub(super) fn record(&self, word: Option<u32>) -> Result<Event> {
+        match (&self.packed, word) {
+            (Some(packed), Some(word)) => packed.unpacker.record(&self.stage, word),
+            _ => self.stage.record(),
+        }
+    }
+
+    /// Whether what was unpacked for a request, whose mark has been passed, is what was packed.
+    ///
+    /// # Errors
+    /// `Format`, with tensor, tile and offset, where the file is damaged; `Io` where it is not.
+    pub(super) fn check(&self, word: Option<u32>, pieces: &[Piece]) -> Result<()> {
+        let (Some(packed), Some(word)) = (&self.packed, word) else {
+            return Ok(());
+        };
+        if !packed.unpacker.is_damaged(word) {
+            return Ok(());
+        }
+        // The kernel tells that, the decoder here tells what.
+        for piece in pieces.iter().filter(|piece| piece.file.len_bytes > 0) {
+            let mut weights = vec![0; piece.file.len_bytes as usize];
+            packed.file.read(piece.file.offset_bytes, &mut weights)?;
+        }
+        let context = "weights were damaged between the drive and the GPU, and are not in the file; try again, and test memory and link";
+        Err(Error::new(ErrorKind::Io, context))
+    }
+
+    /// Has leased weights copied to an address in VRAM, and unpacked where they are coded.
     ///
     /// # Errors
     /// `Internal` for bytes that are not in the pool; what the driver says.
-    pub(super) fn copy(&self, file: &Extent, to: u64) -> Result<(u64, u64)> {
-        let (mut copies, mut pinned_bytes, mut done) = (0, 0, 0);
-        while done < file.len_bytes {
-            let at = file.offset_bytes + done;
+    pub(super) fn copy(&self, file: &Extent, to: u64, word: Option<u32>) -> Result<Copied> {
+        let (Some(packed), Some(word)) = (&self.packed, word) else {
+            return self.copy_stored(file, to);
+        };
+        let stored = packed.file.stored(file)?;
+        match &stored.tiles {
+            None => self.copy_stored(&stored.extent, to),
+            Some(tiles) => {
+                let part = tiles.skip_bytes..tiles.skip_bytes + file.len_bytes;
+                self.copy_tiles(&packed.unpacker, (tiles, &stored.extent), (part, to), word)
+            }
+        }
+    }
+
+    fn copy_tiles(
+        &self,
+        unpacker: &Unpacker,
+        (tiles, extent): (&Tiles<'_>, &Extent),
+        (part, to): (std::ops::Range<u64>, u64),
+        word: u32,
+    ) -> Result<Copied> {
+        let (head, places) = tiles.around();
+        let batch = Batch {
+            head: &head,
+            tiles_bytes: extent.len_bytes,
+            places: &places,
+            elements: tiles.elements(),
+        };
+        let mut copied = Copied::default();
+        let weights_bytes = part.end - part.start;
+        let copy = |to: u64| {
+            copied = self.copy_stored(extent, to)?;
+            Ok(())
+        };
+        unpacker.unpack(&self.stage, &batch, copy, (part, to), word)?;
+        let around_bytes = (head.len() + places.len()) as u64;
+        Ok(Copied {
+            copies: copied.copies + 2,
+            bytes: copied.bytes + around_bytes,
+            pinned_bytes: copied.pinned_bytes + around_bytes,
+            unpacked_bytes: weights_bytes,
+        })
+    }
+
+    /// Copies bytes of the files as they are.
+    fn copy_stored(&self, file: &Extent, to: u64) -> Result<Copied> {
+        let mut copied = Copied::default();
+        while copied.bytes < file.len_bytes {
+            let at = file.offset_bytes + copied.bytes;
             let segment = self.segment(file.shard_index, at)?;
             let len = (file.end_bytes() - at).min(segment.end_bytes - at);
             let offset = segment.pool_bytes + (at - segment.start_bytes);
-            pinned_bytes += self.stage.copy_in(to + done, offset, len as usize)? as u64;
-            copies += 1;
-            done += len;
+            let pinned_bytes = self
+                .stage
+                .copy_in(to + copied.bytes, offset, len as usize)?;
+            copied.pinned_bytes += pinned_bytes as u64;
+            copied.copies += 1;
+            copied.bytes += len;
         }
-        Ok((copies, pinned_bytes))
+        Ok(copied)
     }
 
     fn segment(&self, shard_index: u32, at: u64) -> Result<&Segment> {

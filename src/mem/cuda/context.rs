@@ -163,7 +163,7 @@ impl Context {
     }
 
     /// Makes it the calling thread's context.
-    pub(super) fn enter(&self) -> Result<()> {
+    pub(crate) fn enter(&self) -> Result<()> {
         // SAFETY: a context that this value holds open.
         let code = unsafe { sys::cuCtxSetCurrent(self.raw) };
         check(code, format_args!("use GPU {}", self.index))

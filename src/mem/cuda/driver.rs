@@ -17,7 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 const VERSION_NEEDED: i32 = 11_040;
 
 /// Every function that is called.
-const FUNCTIONS: [&str; 36] = [
+const FUNCTIONS: [&str; 42] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGetCount",
@@ -31,6 +31,8 @@ const FUNCTIONS: [&str; 36] = [
     "cuMemGetInfo_v2",
     "cuGetErrorName",
     "cuMemGetAllocationGranularity",
+    "cuMemAlloc_v2",
+    "cuMemFree_v2",
     "cuMemCreate",
     "cuMemRelease",
     "cuMemAddressReserve",
@@ -54,6 +56,10 @@ const FUNCTIONS: [&str; 36] = [
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyDtoDAsync_v2",
     "cuMemsetD8Async",
+    "cuModuleLoadData",
+    "cuModuleUnload",
+    "cuModuleGetFunction",
+    "cuLaunchKernel",
 ];
 
 /// The driver, loaded and initialised.
@@ -177,6 +183,20 @@ fn meaning(code: CUresult) -> (ErrorKind, &'static str) {
             ErrorKind::Unsupported,
             "; the parts of NVIDIA's driver are of different versions or not started: reboot after an update, and on machines \
              with NVSwitch start nvidia-fabricmanager",
+        ),
+        CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU => (
+            ErrorKind::Unsupported,
+            "; flea's kernels need compute capability 8.0 or later, which is NVIDIA's Ampere generation",
+        ),
+        CUresult::CUDA_ERROR_INVALID_IMAGE
+        | CUresult::CUDA_ERROR_INVALID_PTX
+        | CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => (
+            ErrorKind::Unsupported,
+            "; the driver does not take the kernels that this program carries: a newer driver may",
+        ),
+        CUresult::CUDA_ERROR_NOT_FOUND => (
+            ErrorKind::Internal,
+            "; it is not in the kernels that this program carries: it was built wrong, build or install it again",
         ),
         CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE
         | CUresult::CUDA_ERROR_ECC_UNCORRECTABLE

@@ -75,6 +75,18 @@ impl Stage {
         Ok(pinned_bytes)
     }
 
+    /// Copies memory that is not the pool's, in order with the other copies.
+    ///
+    /// # Errors
+    /// What the driver says, also of earlier copies.
+    ///
+    /// # Safety
+    /// `from` stays readable and unchanged until an event recorded behind this copy is done.
+    pub(super) unsafe fn copy_pinned(&self, to: u64, from: *const u8, len: usize) -> Result<()> {
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.stream.copy_in(to, from, len) }
+    }
+
     /// Writes zeros, in order with the copies.
     ///
     /// # Errors

@@ -58,6 +58,11 @@ impl Stream {
         })
     }
 
+    /// The driver's handle.
+    pub(super) const fn raw(&self) -> CUstream {
+        self.raw
+    }
+
     /// Copies from host memory. Pinned memory is read when the copy runs.
     ///
     /// # Errors
@@ -102,10 +107,18 @@ impl Stream {
     /// # Errors
     /// What the driver says, also of work that was asked for earlier.
     pub fn zero(&self, at: u64, len: usize) -> Result<()> {
+        self.fill(at, 0, len)
+    }
+
+    /// Writes one byte again and again.
+    ///
+    /// # Errors
+    /// What the driver says, also of work that was asked for earlier.
+    pub fn fill(&self, at: u64, byte: u8, len: usize) -> Result<()> {
         self.context.enter()?;
         // SAFETY: the driver checks the address; no memory of the host is touched.
-        let code = unsafe { sys::cuMemsetD8Async(at, 0, len, self.raw) };
-        check(code, format_args!("zero {len} bytes of VRAM"))
+        let code = unsafe { sys::cuMemsetD8Async(at, byte, len, self.raw) };
+        check(code, format_args!("fill {len} bytes of VRAM"))
     }
 
     /// Sets a mark behind everything asked for so far.

@@ -2,39 +2,24 @@
 #![allow(unsafe_code)]
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::{Arc, OnceLock};
 
 use super::Context;
+
+#[path = "../../../tests/fake-cuda/compile.rs"]
+mod compile;
 
 /// A context on the fake GPU.
 pub(crate) fn fake_gpu() -> Arc<Context> {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
     LIBRARY.get_or_init(|| {
-        let path = compile();
+        let process = std::process::id();
+        let directory = std::env::temp_dir().join(format!("flea-fake-cuda-{process}"));
+        let path = compile::compile(&directory);
         load(&path);
         path
     });
     Context::new(0).expect("the fake GPU")
-}
-
-/// Compiles the library. Its name inside is the first that the bindings ask for, so that a driver of this machine does not
-/// come before it.
-fn compile() -> PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake-cuda/libcuda.c");
-    let directory = std::env::temp_dir().join(format!("flea-fake-cuda-{}", std::process::id()));
-    std::fs::create_dir_all(&directory).expect("a directory for the fake libcuda");
-    let library = directory.join("libcuda.so");
-    let status = Command::new("cc")
-        .args(["-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror"])
-        .args(["-fPIC", "-shared", "-pthread", "-Wl,-soname,libcuda.so"])
-        .arg("-o")
-        .arg(&library)
-        .arg(source)
-        .status()
-        .expect("a C compiler");
-    assert!(status.success(), "the fake libcuda compiles");
-    library
 }
 
 fn load(path: &Path) {

@@ -7,7 +7,6 @@
 //! CRC32C of its original bytes, and of each MiB as it is stored; the output is there completely or not at all.
 //! Place: a tool beside the pipeline; the codec is `model::tiles`, which the reader can use between drive and slot.
 
-pub mod container;
 mod restore;
 mod team;
 mod writer;
@@ -27,11 +26,12 @@ use super::synth::file::{OutputFile, check_space, check_target};
 use crate::engine::read_catalog;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::ShardFile;
+use crate::io::packed::{Coding, Directory, Part};
 use crate::model::coded::{self, ELEMENTS_MAX, HEAD_BYTES, Places};
 use crate::model::tiles::{self, Frequencies, TILE_BYTES, tile_count};
 use crate::model::{Catalog, DType, Format};
 use crate::units::{MIB, PAGE_4K};
-use container::{Coding, Part};
+
 use team::Team;
 use writer::Writer;
 
@@ -194,7 +194,7 @@ pub fn compress(
     file.check_unchanged()?;
     parts.sort_by_key(|part| part.offset_bytes);
     let name = options.model.file_name().unwrap_or_default();
-    compressed.bytes = writer.finish(container::Directory {
+    compressed.bytes = writer.finish(Directory {
         file: name.to_string_lossy().into_owned(),
         bytes: file.len_bytes(),
         parts,

@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::canceled;
-use super::container::{self, Coding, Part};
 use super::team::{self, Batch};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::ShardFile;
+use crate::io::packed::{self, Coding, Part};
 use crate::model::coded::{self, HEAD_BYTES, Places};
 use crate::model::tiles::{Decoder, TILE_BYTES};
 use crate::tools::pack::{PackOptions, check_not_input};
@@ -49,7 +49,7 @@ pub fn decompress(
 ) -> Result<Restored> {
     let began = Instant::now();
     let file = ShardFile::open(&options.model)?;
-    let directory = container::open(&file)?;
+    let directory = packed::open(&file)?;
     check_target(&options.output, options.force)?;
     let files = [file];
     check_not_input(&options.output, &files)?;

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::model::coded::Places;
+use crate::model::coded::{Places, damaged};
 use crate::model::tiles::{Decoder, Encoder, Frequencies, TILE_BYTES};
 
 /// More than these no drive can feed.
@@ -136,15 +136,7 @@ fn decode_run(decoder: &Decoder, batch: Batch<'_>, first: u64, out: &mut [u8]) -
         let end = (place.end - batch.at_bytes) as usize;
         decoder
             .decode(&batch.bytes[begin..end], out)
-            .map_err(|damage| {
-                Error::new(
-                    ErrorKind::Format,
-                    format!(
-                        "tile {tile_index} at offset {} of its coded form is damaged: {damage}",
-                        place.start
-                    ),
-                )
-            })?;
+            .map_err(|damage| damaged(tile_index, place.start, damage))?;
     }
     Ok(began.elapsed())
 }

@@ -1,6 +1,7 @@
 //! Tests of compressing and restoring: the same bytes come back, whatever they are; damage is told and never written out.
 
 use super::*;
+use crate::io::packed as packed_file;
 use crate::tools::gguf_write::{Metadata, TensorInfo, Value, Writer as GgufWriter};
 use crate::tools::synth::shape::{Arch, Quant, Shape, Wish};
 use crate::tools::synth::{Spec, generate};
@@ -186,7 +187,7 @@ fn damage_anywhere_is_found() {
     let packed = directory.path().join("m.fleapack");
     run(&model, &packed).unwrap();
     let whole = std::fs::read(&packed).unwrap();
-    let parts = container::open(&ShardFile::open(&packed).unwrap())
+    let parts = packed_file::open(&ShardFile::open(&packed).unwrap())
         .unwrap()
         .parts;
     let back = directory.path().join("back.gguf");
@@ -234,13 +235,13 @@ fn a_directory_that_lies_is_refused() {
     let packed = directory.path().join("m.fleapack");
     run(&model, &packed).unwrap();
     let whole = std::fs::read(&packed).unwrap();
-    let honest = container::open(&ShardFile::open(&packed).unwrap()).unwrap();
+    let honest = packed_file::open(&ShardFile::open(&packed).unwrap()).unwrap();
     let coded = honest
         .parts
         .iter()
         .position(|part| part.coding == Coding::Tiles)
         .unwrap();
-    let lies: [fn(&mut container::Directory, usize); 9] = [
+    let lies: [fn(&mut packed_file::Directory, usize); 9] = [
         |directory, part| directory.parts[part].len_bytes += 2,
         |directory, part| directory.parts[part].len_bytes = 1 << 60,
         |directory, part| directory.parts[part].coded_bytes = u64::MAX,
@@ -258,7 +259,7 @@ fn a_directory_that_lies_is_refused() {
         let at = u64::from_le_bytes(whole[whole.len() - 32..][..8].try_into().unwrap());
         let mut bytes = whole[..at as usize].to_vec();
         bytes.extend(&text);
-        bytes.extend(container::trailer(at, &text));
+        bytes.extend(packed_file::trailer(at, &text));
         std::fs::write(&packed, bytes).unwrap();
         let error = restore(&packed, &directory.path().join("back.gguf")).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Format, "{index}: {error}");
@@ -266,13 +267,33 @@ fn a_directory_that_lies_is_refused() {
 }
 
 #[test]
-fn a_compressed_model_is_no_gguf_and_says_what_it_is() {
+fn a_compressed_model_is_no_gguf_but_is_read_as_the_original() {
     let directory = tempfile::tempdir().unwrap();
     let model = model(directory.path(), Quant::Bf16, None);
     let packed = directory.path().join("m.gguf");
     run(&model, &packed).unwrap();
-    let error = read_catalog(&packed).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Format);
+    let (original, files) = read_catalog(&model).unwrap();
+    let (catalog, decoded) = read_catalog(&packed).unwrap();
+    assert_eq!(catalog.tensors, original.tensors);
+    assert_eq!(catalog.layers, original.layers);
+    // Any bytes, from anywhere: over tensors, tiles, and what lies between them.
+    let len = files[0].len_bytes();
+    assert_eq!(decoded[0].len_bytes(), len);
+    let mut at = 0;
+    while at < len {
+        let step = (at * 7919 % 300_007 + 1).min(len - at) as usize;
+        let (mut expected, mut found) = (vec![0; step], vec![0xa5; step]);
+        files[0].read_exact_at(at, &mut expected).unwrap();
+        decoded[0].read_exact_at(at, &mut found).unwrap();
+        assert!(expected == found, "{step} bytes at {at}");
+        at += step as u64;
+    }
+    let error = decoded[0].read_exact_at(len - 1, &mut [0; 2]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Truncated);
+    // As it lies it is no GGUF, and says what it is.
+    let raw = ShardFile::open(&packed).unwrap();
+    let error = crate::model::gguf::parse_shard(&packed, raw.len_bytes(), &mut raw.header_reader());
+    let error = error.unwrap_err();
     assert!(error.context().contains("--decompress"), "{error}");
     let error = restore(&model, &directory.path().join("back.gguf")).unwrap_err();
     assert!(

@@ -2,8 +2,8 @@
 
 use std::io::Write;
 
-use super::container::{Directory, preamble, trailer};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::packed::{Directory, preamble, trailer};
 use crate::tools::synth::file::OutputFile;
 use crate::units::{MIB, PAGE_4K};
 

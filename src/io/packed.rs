@@ -1,13 +1,14 @@
-//! The container of a compressed model: a first page that says what it is, parts on pages, a directory, a trailer.
+//! The file of a compressed model: a first page that says what it is, parts on pages, a directory, a trailer.
 //!
 //! The directory stands at the end because lengths are known last and the file is written once, front to back. Invariant:
 //! the parts of a [`Directory`] that [`open`] gives lie inside the file and, in their order, make up every byte of the
-//! original, once; nothing it says is believed before it is bounded.
+//! original, once; nothing it says is believed before it is bounded. Place: `file` of
+//! `file -> catalog -> plan -> reader -> pool -> lease -> host`; docs/packed-format.md describes it.
 
 use serde::{Deserialize, Serialize};
 
+use super::ShardFile;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::ShardFile;
 use crate::model::coded::{ELEMENTS_MAX, HEAD_BYTES, Places};
 use crate::units::{MIB, PAGE_4K};
 
@@ -114,6 +115,19 @@ pub fn trailer(at_bytes: u64, directory: &[u8]) -> [u8; TRAILER_BYTES] {
     trailer[20..24].copy_from_slice(&VERSION.to_le_bytes());
     trailer[24..].copy_from_slice(&MAGIC);
     trailer
+}
+
+/// Whether a file begins as a compressed model does.
+///
+/// # Errors
+/// `Io`.
+pub fn is_packed(file: &ShardFile) -> Result<bool> {
+    let mut first = [0; MAGIC.len()];
+    if file.len_bytes() < first.len() as u64 {
+        return Ok(false);
+    }
+    file.read_exact_at(0, &mut first)?;
+    Ok(first == MAGIC)
 }
 
 /// Reads and checks the directory of a compressed model.
