@@ -89,6 +89,8 @@ std::string fallback_list(uint32_t bits) {
         { FLEA_FALLBACK_PREAD, "pread" },
         { FLEA_FALLBACK_SMALL_PAGES, "small_pages" },
         { FLEA_FALLBACK_NUMA, "numa" },
+        { FLEA_FALLBACK_MIRROR, "mirror" },
+        { FLEA_FALLBACK_GDS, "gds" },
     };
     std::string list;
     for (const auto & entry : names) {

@@ -436,12 +436,13 @@ impl Handle {
 }
 
 /// The names of flea_stats_data.fallbacks' bits, as `--json` lists them.
-const FALLBACKS: [(u32, &str); 5] = [
+const FALLBACKS: [(u32, &str); 6] = [
     (types::FLEA_FALLBACK_BUFFERED, "buffered"),
     (types::FLEA_FALLBACK_PREAD, "pread"),
     (types::FLEA_FALLBACK_SMALL_PAGES, "small_pages"),
     (types::FLEA_FALLBACK_NUMA, "numa"),
     (types::FLEA_FALLBACK_MIRROR, "mirror"),
+    (types::FLEA_FALLBACK_GDS, "gds"),
 ];
 
 impl Drop for Streamed {
