@@ -50,6 +50,7 @@ struct Live {
     std::mutex mutex;
     std::set<Memory *> all;
     uint64_t planned_bytes = 0;  // reserved when the plan was made; 0 before
+    int computing = 0;           // graphs on a GPU
 };
 
 Live & live() {
@@ -370,8 +371,6 @@ ggml_backend_buffer_t alloc_on(const Gpu & on, size_t size) {
     return buffer;
 }
 
-std::atomic<bool> has_new_weights { false };
-
 // A buffer of ours, which may have nothing but addresses.
 ggml_backend_buffer_t alloc_own(ggml_backend_buffer_type_t buft, size_t size, const Gpu * on) {
     const size_t bytes = std::max(page_bytes, (size_t) GGML_PAD(size, page_bytes));
@@ -397,7 +396,6 @@ ggml_backend_buffer_t alloc_own(ggml_backend_buffer_type_t buft, size_t size, co
     if (buft == buffer_type()) { iface.init_tensor = init_tensor; }
     memory->buffer = ggml_backend_buffer_init(buft, iface, memory.get(), size);
     std::lock_guard<std::mutex> guard(live().mutex);
-    if (on) { has_new_weights = true; }
     return (*live().all.insert(memory.release()).first)->buffer;
 }
 
@@ -449,7 +447,7 @@ ggml_backend_buffer_type_t host_buffer_type() {
 // other kernels (with other roundings) than for a plain weight.
 const Weight * weight_of(const ggml_tensor * tensor) {
     const ggml_tensor * root = tensor->view_src ? tensor->view_src : tensor;
-    // Not by its type, which on a GPU becomes ggml-cuda's.
+    // Not by its type, which is ggml-cuda's while a GPU computes.
     if (!root->buffer || root->buffer->iface.free_buffer != free_buffer) { return nullptr; }
     const Memory & memory = memory_of(root->buffer);
     const char * data = static_cast<const char *>(root->data);
@@ -458,13 +456,24 @@ const Weight * weight_of(const ggml_tensor * tensor) {
     return entry == memory.model->by_address.end() ? nullptr : entry->second;
 }
 
-void hand_weights_to_gpu() {
-    if (!has_new_weights.load(std::memory_order_acquire)) { return; }
+// Only while something is computed: a scheduler that met ggml-cuda's type here would let a CUDA device of its own compute with
+// these weights, without any lease.
+WeightsOnGpu::WeightsOnGpu() : on_(gpu() != nullptr) {
+    if (!on_) { return; }
     std::lock_guard<std::mutex> guard(live().mutex);
+    live().computing++;
     for (const Memory * memory : live().all) {
         if (!memory->beside.empty()) { memory->buffer->buft = memory->beside[0]->buft; }
     }
-    has_new_weights.store(false, std::memory_order_release);
+}
+
+WeightsOnGpu::~WeightsOnGpu() {
+    if (!on_) { return; }
+    std::lock_guard<std::mutex> guard(live().mutex);
+    if (--live().computing > 0) { return; }
+    for (const Memory * memory : live().all) {
+        if (!memory->beside.empty()) { memory->buffer->buft = buffer_type(); }
+    }
 }
 
 uint64_t reserved_bytes() {

@@ -195,8 +195,17 @@ ggml_backend_buffer_type_t host_buffer_type();
 // The streamed weight behind a tensor (through view_src), or NULL.
 const Weight * weight_of(const ggml_tensor * tensor);
 
-// Before a GPU computes: the buffers of weights become what ggml-cuda takes for its own.
-void hand_weights_to_gpu();
+// While a GPU computes: the buffers of weights are what ggml-cuda takes for its own.
+class WeightsOnGpu {
+  public:
+    WeightsOnGpu();
+    WeightsOnGpu(const WeightsOnGpu &) = delete;
+    WeightsOnGpu & operator=(const WeightsOnGpu &) = delete;
+    ~WeightsOnGpu();
+
+  private:
+    bool on_;
+};
 uint64_t reserved_bytes();            // live buffers, placed weights left out
 uint64_t reserved_untouched_bytes();  // the part of it without memory
 extern uint64_t pending_bytes;        // what flea reads when it makes the plan

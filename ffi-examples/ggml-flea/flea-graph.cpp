@@ -320,6 +320,12 @@ void Lease::release() {
         ggml_backend_event_record(stream_->event, stream_->inner);
         status = flea_release_after(model_->handle, layer_, stream_->event->context);
         counters.releases_behind_gpu++;
+        if (status != FLEA_OK) {
+            // Nobody will wait for the GPU then but this thread.
+            log_line(LogLevel::debug, "layer %u: %s", layer_, flea_last_error());
+            ggml_backend_synchronize(stream_->inner);
+            status = flea_release(model_->handle, layer_);
+        }
     } else {
         if (stream_) { ggml_backend_synchronize(stream_->inner); }
         status = flea_release(model_->handle, layer_);
@@ -359,7 +365,7 @@ ggml_status graph_compute(Stream & stream, ggml_cgraph * graph) {
     cut_graph(graph, stream.steps);
     int32_t status = prepare_rows(graph, stream.steps);
     if (status != FLEA_OK) { return GGML_STATUS_FAILED; }
-    if (gpu()) { hand_weights_to_gpu(); }
+    const WeightsOnGpu on_gpu;
     tell_order(stream);
     tell_first_experts(stream, graph);
     Lease lease;

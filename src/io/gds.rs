@@ -304,6 +304,7 @@ impl Gds {
             let context = format!("{len_bytes} bytes at {offset_bytes} cannot be read by cuFile");
             return Err(Error::new(ErrorKind::Invalid, context));
         }
+        file.check_unchanged()?;
         self.context.enter()?;
         let wanted = len_bytes.min(file.len_bytes().saturating_sub(offset_bytes));
         let mut done = 0;

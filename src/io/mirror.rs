@@ -93,6 +93,10 @@ pub fn open(mut files: Vec<ShardFile>, directories: &[PathBuf]) -> Result<Vec<Sh
             directories.len()
         )));
     }
+    if !directories.is_empty() && files.iter().any(|file| file.coded().is_some()) {
+        let context = "a compressed model is read from one place; leave out --mirror, or flea pack --decompress it";
+        return Err(Error::new(ErrorKind::Unsupported, context));
+    }
     let shards_count = files.len();
     for directory in directories {
         for shard in 0..shards_count {

@@ -84,10 +84,8 @@ impl Direct {
     /// What the driver says.
     pub(super) fn close_gate(&self, events: &[Event]) -> Result<()> {
         events.iter().try_for_each(|event| self.gates.wait(event))?;
-        let gate = match events {
-            [] => None,
-            _ => Some(Arc::new(self.gates.record()?)),
-        };
+        // Also without events: a fetch that is tried again has told its readers the first time.
+        let gate = Some(Arc::new(self.gates.record()?));
         *self.gate.lock().unwrap_or_else(PoisonError::into_inner) = gate;
         Ok(())
     }
@@ -165,13 +163,19 @@ impl Worker {
             let Ok(task) = task else {
                 break;
             };
-            let event = self.work(&task);
+            let event = self.work(&task).inspect_err(|_| self.settle());
             // Nobody waits for it where the model is being closed.
             let _ = task.reply.send(event);
         }
-        // The targets go when nothing reads them any more; a GPU that is lost reads nothing.
+        // The targets go when nothing reads them any more.
+        self.settle();
+    }
+
+    /// Waits for the copies that were asked for: after a failure the slot they go to may be given on. A GPU that is lost copies
+    /// nothing.
+    fn settle(&self) {
         if let Err(error) = self.stream.record().and_then(|event| event.wait()) {
-            log::debug!("the end of a thread that reads by cuFile: {error}");
+            log::debug!("a thread that reads by cuFile: {error}");
         }
     }
 

@@ -222,9 +222,18 @@ impl GpuModel {
             let _ = core.below.set(below);
         }
         *core.resident.lock().unwrap_or_else(PoisonError::into_inner) = sources.resident;
-        let _ = self.feed.set(Feed::start(core)?);
         *waiting = None;
-        Ok(())
+        match Feed::start(core) {
+            Ok(feed) => {
+                let _ = self.feed.set(feed);
+                Ok(())
+            }
+            // Its threads end the model with them: from now on this is every answer.
+            Err(error) => {
+                core.hall.state().fatal = Some(error.clone());
+                Err(error)
+            }
+        }
     }
 
     /// Whether host memory is planned.
