@@ -319,7 +319,7 @@ ggml_status compute_before(Stream & stream, ggml_cgraph * graph, int begin, cons
     // Before more is waited for: two threads that keep some could wait for each other.
     lease.release();
     lease.ranges = std::move(rest);
-    *status = FLEA_E_AGAIN;
+    if (computed == GGML_STATUS_SUCCESS) { *status = FLEA_E_AGAIN; }
     return computed;
 }
 
@@ -360,13 +360,16 @@ ggml_status compute_routed(Stream & stream, ggml_cgraph * graph, const Step & st
         tell_next(stream, graph, end, lease.ranges);
         // The last layer of a batch of which nobody wants a result has no rows.
         *status = experts.empty() ? FLEA_OK : lease.ask();
-        const bool has_room = *status != FLEA_E_REFUSED;
-        const int begin = *status == FLEA_OK || !has_room ? routed : last.index;
+        int begin = *status == FLEA_OK || *status == FLEA_E_REFUSED ? routed : last.index;
         if (begin > routed) {
             computed = compute_before(stream, graph, routed, last, lease, status);
-            if (computed != GGML_STATUS_SUCCESS) { return computed; }
+            if (*status == FLEA_E_REFUSED) {
+                begin = routed;
+            } else if (computed != GGML_STATUS_SUCCESS) {
+                return computed;
+            }
         }
-        if (*status != FLEA_OK && has_room) { *status = lease.take(stream); }
+        if (*status != FLEA_OK && *status != FLEA_E_REFUSED) { *status = lease.take(stream); }
         if (*status == FLEA_OK) {
             tell_guess(stream, graph, end, node->src[2]);
             computed = compute_nodes(stream, graph, begin, end);
@@ -375,8 +378,9 @@ ggml_status compute_routed(Stream & stream, ggml_cgraph * graph, const Step & st
             // Not even one layer's fit: what is read ahead would only be in the way of the groups.
             stream.reads_ahead = false;
             forget_experts(stream);
-            computed = compute_groups(stream, graph, routed, step.model, experts, uses, status);
-            at = routed + 1;
+            // What comes before `begin` is computed, and its inputs may be gone.
+            computed = compute_groups(stream, graph, begin, step.model, experts, uses, status);
+            at = begin + 1;
         } else {
             return GGML_STATUS_FAILED;
         }

@@ -190,11 +190,10 @@ impl State {
         }
     }
 
-    /// An acquire of these units gave up: what it found in memory is counted when they are leased.
-    pub(super) fn uncount(&mut self, units: &[u32]) {
+    /// The acquire that leased units gave up: the `hits` it counted are counted when they are leased.
+    pub(super) fn uncount(&mut self, hits: u64) {
         if let Some(experts) = &mut self.experts {
-            let found = units.iter().filter(|unit| !experts.asked[**unit as usize]);
-            experts.counts.hits -= found.count() as u64;
+            experts.counts.hits -= hits;
             experts.counts.calls -= 1;
         }
     }

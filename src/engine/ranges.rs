@@ -290,6 +290,7 @@ fn acquire_units(running: &Running, units: &[u32], deadline: Option<Instant>) ->
     let thread = thread_id();
     let begun = Instant::now();
     let mut state = running.core.state();
+    let mut hits_before = state.expert_counts().hits;
     while state.lease_units(units, thread) == Room::Full {
         if state.holds_units(thread) && !state.reads_ahead() {
             let context = format!(
@@ -301,7 +302,9 @@ fn acquire_units(running: &Running, units: &[u32], deadline: Option<Instant>) ->
         }
         check_deadline(deadline, begun)?;
         state = sleep(running, state, deadline);
+        hits_before = state.expert_counts().hits;
     }
+    let hits = state.expert_counts().hits - hits_before;
     if state.units_ready(units) {
         state.forget_asked(units);
         return Ok(());
@@ -315,7 +318,7 @@ fn acquire_units(running: &Running, units: &[u32], deadline: Option<Instant>) ->
     }
     if arrived.is_err() {
         state.release_units(units, thread)?;
-        state.uncount(units);
+        state.uncount(hits);
     } else {
         state.forget_asked(units);
     }
