@@ -249,6 +249,11 @@ pub(super) unsafe fn populate(address: usize, len: usize) -> Result<()> {
     Ok(())
 }
 
+/// Whether the kernel can populate: known after the first [`populate`].
+pub(super) fn can_populate() -> bool {
+    POPULATE_KNOWN.load(Ordering::Relaxed) != 2
+}
+
 /// As [`populate`], beside reads into the same range: a part that is not writable any more, because its bytes have been read and
 /// published, is passed over. False when the kernel cannot (before Linux 5.14): touching would write over what was read.
 ///
@@ -260,7 +265,7 @@ pub(super) unsafe fn populate_beside_reads(address: usize, len: usize) -> Result
         Ok(()) => Ok(true),
         Err(error) => match error.errno() {
             Some(libc::EINTR | libc::EAGAIN | libc::EFAULT) => Ok(true),
-            Some(libc::EINVAL) => Ok(POPULATE_KNOWN.load(Ordering::Relaxed) != 2),
+            Some(libc::EINVAL) => Ok(can_populate()),
             _ => Err(error),
         },
     }

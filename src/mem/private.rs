@@ -13,7 +13,7 @@
 //!
 //! A move is: old place PROT_NONE, mremap, old place reserved anew (it is not even mapped memory then, and costs no mapping of its own),
 //! new place read-write for the read, PROT_READ at publish. So a host that looks at a place without a lease gets SIGSEGV, not another
-//! layer's bytes. Place in `file -> catalog -> plan -> reader -> pool -> lease -> host`: the default pool.
+//! layer's bytes; only where a read is under way, or will be the first, it sees what has come so far, or zeros. Place in `file -> catalog -> plan -> reader -> pool -> lease -> host`: the default pool.
 #![allow(unsafe_code)]
 
 use super::behind::FillBehind;
@@ -218,6 +218,17 @@ impl Private {
             .collect::<Result<Vec<_>>>()?;
         if !places.is_empty() {
             let hurry_bytes = host::to_usize(self.geometry.ring_bytes())?;
+            // SAFETY: writable places of this pool, which nothing reads into yet.
+            unsafe {
+                host::populate(places[0].0, self.geometry.bytes(1))?;
+                if !host::can_populate() {
+                    // Before Linux 5.14 nothing can be given memory beside reads, and a slot is read into again and again.
+                    for run in &first {
+                        let (address, len) = self.geometry.place(&self.windows, run)?;
+                        host::populate(address, len)?;
+                    }
+                }
+            }
             // SAFETY: places in our windows, mapped until drop, which joins; writable until their bytes have been read. A slot
             // that has moved on leaves its place without access.
             self.behind = Some(unsafe { FillBehind::begin(&places, hurry_bytes)? });
