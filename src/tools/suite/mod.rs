@@ -94,7 +94,7 @@ impl Kind {
 
 const ENGINE_BUDGETS: [u32; 5] = [10, 25, 50, 75, 95];
 const DECODE_BUDGETS: [u32; 6] = [10, 25, 50, 75, 95, 110];
-const PREFILL_BUDGETS: [u32; 3] = [10, 50, 95];
+const PREFILL_BUDGETS: [u32; 5] = [10, 25, 50, 75, 95];
 const PEER_LIMITS: [u32; 4] = [25, 50, 75, 95];
 const EXPERT_LIMITS: [u32; 2] = [25, 50];
 /// Enough layers to walk over, and quickly read.
