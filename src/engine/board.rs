@@ -189,9 +189,11 @@ impl Board {
 
     /// Forgets a client: all it held is free.
     pub fn detach(&self, id: u64) {
-        self.clients().retain(|client| {
+        self.clients().retain_mut(|client| {
             let stays = client.id != id;
             if !stays {
+                // What it took since the stream last looked counts too.
+                client.listen(&self.loads, Instant::now());
                 self.past_acquires.fetch_add(client.acquires, Relaxed);
             }
             stays

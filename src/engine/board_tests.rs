@@ -66,6 +66,15 @@ fn the_ring_teaches_the_order_even_when_it_has_gone_round() {
 }
 
 #[test]
+fn what_a_client_took_just_before_it_went_is_counted() {
+    let board = Board::new(4, 2).unwrap();
+    let page = board.attach(1).unwrap();
+    page.store(place::RING_HEAD, 3);
+    board.detach(1);
+    assert_eq!(board.acquires(), 3);
+}
+
+#[test]
 fn a_failure_answers_the_waits_before_it_and_none_after() {
     let board = Board::new(2, 2).unwrap();
     let page = board.attach(1).unwrap();
