@@ -178,6 +178,13 @@ impl Error {
         self
     }
 
+    /// The same error in other words; kind and errno stay.
+    #[must_use]
+    pub fn with_context(mut self, context: impl Into<String>) -> Self {
+        self.context = context.into();
+        self
+    }
+
     /// What went wrong.
     #[must_use]
     pub const fn kind(&self) -> ErrorKind {
@@ -232,6 +239,11 @@ mod tests {
             error
                 .to_string()
                 .starts_with("open model.gguf: No such file")
+        );
+        let told = error.with_context("in other words");
+        assert_eq!(
+            (told.kind(), told.errno(), told.context()),
+            (ErrorKind::NotFound, Some(libc::ENOENT), "in other words")
         );
     }
 }

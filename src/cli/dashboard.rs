@@ -156,7 +156,7 @@ pub fn command(args: &Args) -> Result<()> {
         ("flea-dashboard", THREADS_COUNT),
         move |request| api::answer(&served, request),
     )
-    .map_err(|error| taken(&error))?;
+    .map_err(taken)?;
     let url = board.open(server.address());
     tell(args.json, &json!({ "url": url }), &url)?;
     while !stop.load(Ordering::Relaxed) {
@@ -176,10 +176,11 @@ fn tell(json: bool, value: &serde_json::Value, text: &str) -> Result<()> {
 }
 
 /// A port that cannot be had: what else to write.
-fn taken(error: &Error) -> Error {
+fn taken(error: Error) -> Error {
     let remedy = match error.kind() {
         ErrorKind::Io | ErrorKind::Permission => "; name another port, or leave --listen out",
         _ => "",
     };
-    Error::new(error.kind(), format!("{error}{remedy}"))
+    let context = format!("{error}{remedy}");
+    error.with_context(context)
 }

@@ -58,7 +58,7 @@ fn read_gguf(path: &Path, file: ShardFile) -> Result<(Catalog, Vec<ShardFile>)> 
     let mut headers = Vec::with_capacity(split.paths.len());
     let mut files = Vec::with_capacity(split.paths.len());
     for shard in &split.paths {
-        let file = ShardFile::open(shard).map_err(|error| part_of(path, &error))?;
+        let file = ShardFile::open(shard).map_err(|error| part_of(path, error))?;
         headers.push(gguf::parse_shard(
             shard,
             file.len_bytes(),
@@ -70,14 +70,14 @@ fn read_gguf(path: &Path, file: ShardFile) -> Result<(Catalog, Vec<ShardFile>)> 
 }
 
 /// A part that cannot be opened: which model it belongs to, and what would mend it.
-fn part_of(path: &Path, error: &Error) -> Error {
+fn part_of(path: &Path, error: Error) -> Error {
     let remedy = if error.kind() == ErrorKind::NotFound {
         "; all parts of a split model lie in one directory"
     } else {
         ""
     };
     let context = format!("{error}: it is a part of {}{remedy}", path.display());
-    Error::new(error.kind(), context)
+    error.with_context(context)
 }
 
 fn read_safetensors_index(path: &Path) -> Result<(Catalog, Vec<ShardFile>)> {
@@ -85,7 +85,7 @@ fn read_safetensors_index(path: &Path) -> Result<(Catalog, Vec<ShardFile>)> {
     let mut headers = Vec::new();
     let mut files = Vec::new();
     for shard in index.shard_paths(path) {
-        let file = ShardFile::open(&shard).map_err(|error| part_of(path, &error))?;
+        let file = ShardFile::open(&shard).map_err(|error| part_of(path, error))?;
         headers.push(safetensors::parse_shard(
             &shard,
             file.len_bytes(),

@@ -139,7 +139,7 @@ impl Work {
                 HumanBytes(done_bytes as u64),
                 HumanBytes(self.total_bytes as u64)
             );
-            Error::new(ErrorKind::NoMemory, context)
+            error.with_context(context).with_kind(ErrorKind::NoMemory)
         })
     }
 }

@@ -79,7 +79,7 @@ impl<'a> Fill<'a> {
             let piece = (PIECE_BYTES * self.threads).min(address + len - at);
             self.check(piece)?;
             // SAFETY: a part of the range, per this function's contract.
-            unsafe { populate(at, piece) }.map_err(|error| self.stopped(&error))?;
+            unsafe { populate(at, piece) }.map_err(|error| self.stopped(error))?;
             self.done_bytes += piece as u64;
             at += piece;
         }
@@ -139,12 +139,12 @@ impl<'a> Fill<'a> {
         self.unchecked_bytes = 0;
         let rest = self.total_bytes.saturating_sub(self.done_bytes);
         limits::check_free(rest, "the rest of the pool")
-            .map_err(|error| self.stopped(&error.with_kind(ErrorKind::NoMemory)))
+            .map_err(|error| self.stopped(error.with_kind(ErrorKind::NoMemory)))
     }
 
-    fn stopped(&self, error: &Error) -> Error {
+    fn stopped(&self, error: Error) -> Error {
         let text = format!("{error}; the pool was filled {}", self.progress());
-        Error::new(error.kind(), text)
+        error.with_context(text)
     }
 
     fn progress(&self) -> String {

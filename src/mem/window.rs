@@ -45,7 +45,7 @@ impl Windows {
                     "window of shard {shard} ({}): {error}",
                     HumanBytes(len_bytes)
                 );
-                Error::new(error.kind(), text)
+                error.with_context(text)
             })?;
             windows.by_base.push((window.base, shard as u32));
             windows.windows.push(window);

@@ -69,7 +69,7 @@ impl VramPlan {
         let image = Image::new(catalog, VRAM_PAGE_BYTES)?;
         let plan = plan(&image.catalog, vram_bytes, &options).map_err(|error| {
             let context = format!("VRAM: {}", error.context());
-            Error::new(error.kind(), context)
+            error.with_context(context)
         })?;
         // A slot of VRAM stands at fixed places, as in the shared backing.
         plan.require_ring()?;

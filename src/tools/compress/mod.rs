@@ -411,7 +411,7 @@ fn write_tiles(
                 // Weights that are not those that were counted do not come back either.
                 bytes.job.file.check_unchanged()?;
                 let context = format!("{}: {error}", bytes.job.path.display());
-                return Err(Error::new(error.kind(), context));
+                return Err(error.with_context(context));
             }
         };
         for (tiles, lens) in runs {

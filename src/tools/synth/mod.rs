@@ -294,7 +294,7 @@ fn write_shard(
             Some(libc::ENOSPC) => {
                 Error::os(libc::ENOSPC, shard.path.display()).with_kind(ErrorKind::Refused)
             }
-            _ => Error::new(error.kind(), text),
+            _ => error.with_context(text),
         }
     };
     let output = OutputFile::create(&shard.path, shard.bytes, spec.force)?;
