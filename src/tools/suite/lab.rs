@@ -56,6 +56,8 @@ pub struct Lab<'a> {
     pub shapes: Chosen,
     /// Tells a person what goes on.
     pub say: &'a dyn Fn(&str),
+    /// Which variant begins: another one in each round, since the first may find the machine otherwise than those behind it.
+    pub turn: usize,
 }
 
 impl std::fmt::Debug for Lab<'_> {
@@ -171,6 +173,7 @@ impl Lab<'_> {
         ));
         let _alone = Locks::take(&self.options.locks, self.stop)?;
         let before = self.lines()?;
+        self.turn = report.rounds as usize;
         let runs = case.round(self)?;
         let after = self.lines()?;
         let moved = Series {
@@ -199,7 +202,8 @@ impl Lab<'_> {
         Ok(())
     }
 
-    /// Measures variants one after the other, each between two lines of the drive: in a round of a minute it may wander.
+    /// Measures variants one after the other, each between two lines of the drive: in a round of a minute it may wander. Who
+    /// begins changes with the round; the runs are given in the order of the variants.
     ///
     /// # Errors
     /// Those of fio; `Canceled`.
@@ -208,8 +212,11 @@ impl Lab<'_> {
         variants: impl IntoIterator<Item = T>,
         measure: impl Fn(&Self, T) -> Result<Run>,
     ) -> Result<Vec<Run>> {
+        let mut variants: Vec<T> = variants.into_iter().collect();
+        let first = self.turn % variants.len().max(1);
+        variants.rotate_left(first);
         let mut before = self.lines()?;
-        let mut runs = Vec::new();
+        let mut runs = Vec::with_capacity(variants.len());
         for variant in variants {
             let mut run = measure(self, variant)?;
             let after = self.lines()?;
@@ -217,6 +224,7 @@ impl Lab<'_> {
             before = after;
             runs.push(run);
         }
+        runs.rotate_right(first);
         Ok(runs)
     }
 

@@ -137,6 +137,7 @@ pub fn measure(
         fio,
         shapes,
         say,
+        turn: 0,
     };
     let mut outcome = Outcome {
         cases: Vec::new(),
