@@ -10,41 +10,10 @@ use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use support::Daemon;
+use support::{Daemon, smallest};
 
-/// 10 layers of about 0.8 MB and a head.
 fn model(seed: &str) -> PathBuf {
-    let arguments = [
-        "--arch",
-        "llama",
-        "--layers",
-        "10",
-        "--embd",
-        "256",
-        "--ffn",
-        "704",
-        "--heads",
-        "4",
-        "--kv-heads",
-        "2",
-        "--vocab",
-        "1024",
-        "--type",
-        "q8_0",
-        "--seed",
-        seed,
-    ];
-    common::synth("ctl", &arguments)
-}
-
-/// The smallest pool that the model plans with, on the daemon's slots.
-fn smallest(path: &Path) -> u64 {
-    let (catalog, _) = flea::engine::read_catalog(path).expect("a model");
-    let options = flea::plan::PlanOptions {
-        slots_count: 4,
-        page_bytes: 4096,
-    };
-    flea::plan::smallest_budget_bytes(&catalog, &options).expect("it can be planned")
+    common::small_llama("ctl", "10", &["--seed", seed])
 }
 
 fn program(name: &str) -> Command {

@@ -11,29 +11,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// 12 layers of about 0.9 MB and a head: small enough for debug builds, large enough for 4 KiB pages to matter.
 fn small_model() -> PathBuf {
-    common::synth(
-        "engine",
-        &[
-            "--arch",
-            "llama",
-            "--layers",
-            "12",
-            "--embd",
-            "256",
-            "--ffn",
-            "704",
-            "--heads",
-            "4",
-            "--kv-heads",
-            "2",
-            "--vocab",
-            "2048",
-            "--type",
-            "q8_0",
-        ],
-    )
+    common::small_llama("engine", "12", &[])
 }
 
 fn options(pool_bytes: u64) -> OpenOptions {

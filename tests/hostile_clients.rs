@@ -1,41 +1,25 @@
-//! What a client that keeps its layers, or asks for the same one without end, costs the others: counted, not timed.
+//! What a client that keeps its layers, or asks for the same one without end, or lies, costs the others: counted, not timed.
 
 mod common;
 #[path = "common/daemon.rs"]
 mod support;
 
-use flea::proto::Attached;
-use flea::proto::snapshot::ModelState;
+use flea::ErrorKind;
+use flea::engine::board::place;
+use flea::mem::SharedWords;
+use flea::proto::message::{self, Method};
+use flea::proto::{Attached, Control, Socket};
+use serde_json::json;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use support::{Daemon, walk};
+use support::{Daemon, only_model, open_files, random, smallest, walk};
 
-/// 16 layers and a head.
 fn model() -> PathBuf {
-    common::synth(
-        "hostile-clients",
-        &[
-            "--arch",
-            "llama",
-            "--layers",
-            "16",
-            "--embd",
-            "256",
-            "--ffn",
-            "704",
-            "--heads",
-            "4",
-            "--kv-heads",
-            "2",
-            "--vocab",
-            "2048",
-            "--type",
-            "q8_0",
-        ],
-    )
+    common::small_llama("hostile-clients", "16", &[])
 }
 
 /// A daemon with the smallest pool that the model works with, and a client of it.
@@ -44,12 +28,6 @@ fn daemon(path: &Path, settings: &[(&'static str, &'static str)]) -> (Daemon, At
     let honest = daemon.attach(path);
     daemon.budget(only_model(&daemon).smallest_budget_bytes);
     (daemon, honest)
-}
-
-fn only_model(daemon: &Daemon) -> ModelState {
-    let status = daemon.status();
-    assert_eq!(status.models.len(), 1, "{status:?}");
-    status.models[0].clone()
 }
 
 /// A client in a process of its own; what it is asked and what it says go line by line.
@@ -239,4 +217,200 @@ fn who_asks_for_one_layer_without_end_is_not_read_for_without_end() {
     let had = spinner.count();
     more_than(&mut spinner, had + 100_000, false);
     assert_eq!(daemon.status().revoked_total, 0);
+}
+
+/// A connection that has said hello, or has not.
+fn raw(daemon: &Daemon) -> Socket {
+    Socket::connect(&daemon.socket, Duration::from_secs(5)).expect("a connection")
+}
+
+#[test]
+fn hostile_clients_hurt_nobody_but_themselves() {
+    let path = model();
+    let mut daemon = Daemon::start(&[]);
+    daemon.budget(smallest(&path));
+    let stop = Arc::new(AtomicBool::new(false));
+    let honest = {
+        let (stop, path, socket) = (Arc::clone(&stop), path.clone(), daemon.socket.clone());
+        std::thread::spawn(move || {
+            let model = Attached::open(&socket, &path).expect("attached");
+            let mut passes = 0;
+            while !stop.load(Ordering::Relaxed) || passes == 0 {
+                walk(&model, &path, 1);
+                passes += 1;
+            }
+            passes
+        })
+    };
+    let mut seed = 0xbad_5eed;
+    // Noise instead of packets, of every length, before and after hello.
+    for round in 0..200 {
+        let socket = raw(&daemon);
+        if round % 2 == 0 {
+            let hello =
+                message::encode_request(Method::Hello, &json!({ "protocol": 1 })).expect("hello");
+            let _ = socket.send(&hello, &[], false);
+        }
+        for _ in 0..4 {
+            let len = random(&mut seed, 70_000) as usize + 1;
+            let noise: Vec<u8> = (0..len).map(|_| random(&mut seed, 256) as u8).collect();
+            let _ = socket.send(&noise, &[], true);
+        }
+    }
+    // Well-formed nonsense.
+    for method in Method::ALL {
+        for parameters in [
+            json!(null),
+            json!([]),
+            json!({"path": 7}),
+            json!({"path": "/etc", "x": 1}),
+            json!({"from": u64::MAX}),
+            json!({"layer": 4_000_000_000u32}),
+            json!({"layers": [4_000_000_000u32]}),
+            json!({"model": "\u{0}"}),
+            json!({"bytes": 0}),
+        ] {
+            let mut control = daemon.control();
+            let _ = control.call(method, &parameters);
+        }
+    }
+    let mut old = raw(&daemon);
+    let hello = message::encode_request(Method::Hello, &json!({ "protocol": 999 })).expect("hello");
+    old.send(&hello, &[], false).expect("send");
+    let answer = old
+        .receive(false, false)
+        .expect("an answer")
+        .expect("a packet");
+    let error = message::parse_reply(&answer.bytes).expect_err("another version");
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    old = raw(&daemon);
+    old.send(b"{\"method\":\"status\"}", &[], false)
+        .expect("send");
+    let answer = old
+        .receive(false, false)
+        .expect("an answer")
+        .expect("a packet");
+    assert_eq!(
+        message::parse_reply(&answer.bytes)
+            .expect_err("no hello")
+            .kind(),
+        ErrorKind::Invalid
+    );
+    // Descriptors that nobody asked for.
+    let null = std::fs::File::open("/dev/null").expect("null");
+    let files = open_files(daemon.pid());
+    for _ in 0..50 {
+        let socket = raw(&daemon);
+        use std::os::fd::AsRawFd;
+        let _ = socket.send(b"{}", &[null.as_raw_fd(); 3], false);
+        let _ = socket.receive(false, false);
+    }
+    // Connections that only stand there, and ones that leave in the middle.
+    let crowd: Vec<Option<Socket>> = (0..400)
+        .map(|_| Socket::connect(&daemon.socket, Duration::from_millis(200)).ok())
+        .collect();
+    daemon_is_well(&daemon, &path);
+    drop(crowd);
+    for _ in 0..50 {
+        let mut control = daemon.control();
+        let packet =
+            message::encode_request(Method::Attach, &json!({ "path": path })).expect("attach");
+        control.socket().send(&packet, &[], false).expect("send");
+        if random(&mut seed, 2) == 0 {
+            let _ = control.call(Method::Catalog, &json!({}));
+        }
+    }
+    daemon.until("all are gone", Duration::from_secs(10), |s| {
+        s.clients.len() <= 1 && s.connections <= 2
+    });
+    assert!(
+        open_files(daemon.pid()) <= files + 2,
+        "descriptors are left open"
+    );
+    assert!(daemon.alive());
+    assert!(daemon.status().refused_total > 0);
+    stop.store(true, Ordering::Relaxed);
+    assert!(honest.join().expect("the honest client never noticed") > 0);
+}
+
+/// One more client can still do its work. The crowd may have all places of one user: then it is told so.
+fn daemon_is_well(daemon: &Daemon, path: &Path) {
+    let began = Instant::now();
+    loop {
+        match Attached::open(&daemon.socket, path) {
+            Ok(model) => return walk(&model, path, 1),
+            Err(error) => assert!(
+                matches!(error.kind(), ErrorKind::Busy | ErrorKind::Connection),
+                "{error}"
+            ),
+        }
+        assert!(
+            began.elapsed() < Duration::from_secs(20),
+            "those who never said hello stay"
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn a_lying_control_page_is_given_up() {
+    let path = model();
+    let daemon = Daemon::start(&[]);
+    daemon.budget(smallest(&path));
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let honest = scope.spawn(|| {
+            let model = daemon.attach(&path);
+            let mut passes = 0;
+            while !stop.load(Ordering::Relaxed) {
+                walk(&model, &path, 1);
+                passes += 1;
+            }
+            passes
+        });
+        let mut seed = 0x11a5;
+        for round in 0..4 {
+            let mut liar = Control::connect(&daemon.socket).expect("a connection");
+            let packet = liar
+                .exchange(Method::Attach, &json!({ "path": path }))
+                .expect("attach");
+            let layers = message::parse_reply(&packet.bytes).expect("attached")["layers"]
+                .as_u64()
+                .expect("layers") as u32;
+            let mut descriptors = packet.descriptors.into_iter();
+            let area = SharedWords::map(
+                descriptors.next().expect("area"),
+                place::area_count(layers),
+                false,
+            )
+            .expect("area");
+            let page_fd = descriptors.next().expect("page");
+            let page = SharedWords::map(page_fd, place::page_count(layers), true).expect("page");
+            let kick = descriptors.next().expect("eventfd");
+            area.store(place::state(0), 77);
+            let began = Instant::now();
+            while page.load(place::REVOKED)
+                != u32::try_from(-ErrorKind::Revoked.status()).expect("positive")
+                && began.elapsed() < Duration::from_secs(5)
+            {
+                for index in (0..page.count()).filter(|index| *index != place::REVOKED) {
+                    let value = match round {
+                        0 => u32::MAX,
+                        1 => random(&mut seed, 1 << 32) as u32 | 1,
+                        _ => random(&mut seed, 3) as u32 + 1,
+                    };
+                    page.store(index, value);
+                }
+                let _ = nix::unistd::write(&kick, &1u64.to_ne_bytes());
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert!(
+                began.elapsed() < Duration::from_secs(5),
+                "round {round}: nobody stopped it"
+            );
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert!(honest.join().expect("the honest client got right bytes") > 0);
+    });
+    assert_eq!(daemon.status().revoked_total, 4);
 }

@@ -2,7 +2,7 @@
 
 #![allow(dead_code, unsafe_code)]
 
-use flea::proto::snapshot::Snapshot;
+use flea::proto::snapshot::{ModelState, Snapshot};
 use flea::proto::{Attached, Control, message};
 use flea::units::Extent;
 use serde_json::json;
@@ -144,6 +144,30 @@ impl Drop for Daemon {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// The smallest pool that a model plans with, on the daemon's slots.
+pub fn smallest(path: &Path) -> u64 {
+    let (catalog, _) = flea::engine::read_catalog(path).expect("a model");
+    let options = flea::plan::PlanOptions {
+        slots_count: 4,
+        page_bytes: 4096,
+    };
+    flea::plan::smallest_budget_bytes(&catalog, &options).expect("it can be planned")
+}
+
+/// The one model that a daemon has open.
+pub fn only_model(daemon: &Daemon) -> ModelState {
+    let status = daemon.status();
+    assert_eq!(status.models.len(), 1, "{status:?}");
+    status.models[0].clone()
+}
+
+/// Descriptors that a process has open.
+pub fn open_files(pid: i32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .expect("fds")
+        .count()
 }
 
 /// Compares every byte of a layer that is held with the file.

@@ -72,6 +72,15 @@ pub fn synth(name: &str, arguments: &[&str]) -> PathBuf {
     path
 }
 
+/// A llama of so many layers of about 0.8 MB, and a head: small enough for debug builds, large enough for 4 KiB pages to matter.
+pub fn small_llama(name: &str, layers: &str, extra: &[&str]) -> PathBuf {
+    let mut arguments = vec!["--arch", "llama", "--layers", layers, "--type", "q8_0"];
+    arguments.extend(["--embd", "256", "--ffn", "704", "--vocab", "2048"]);
+    arguments.extend(["--heads", "4", "--kv-heads", "2"]);
+    arguments.extend(extra);
+    synth(name, &arguments)
+}
+
 /// Runs the program and gives what it said.
 pub fn output(command: &mut Command) -> Output {
     command
