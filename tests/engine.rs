@@ -5,9 +5,8 @@ mod common;
 use flea::engine::{BudgetSpec, Model, OpenOptions};
 use flea::io::{ReaderKind, ReaderOptions};
 use flea::mem::Backing;
-use flea::units::{Extent, MIB};
+use flea::units::MIB;
 use flea::{ErrorKind, plan};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -33,26 +32,9 @@ fn smallest(path: &Path, page_bytes: u64) -> u64 {
 }
 
 /// Compares every byte of an acquired layer with the file.
-#[allow(unsafe_code)]
 fn check_layer(model: &Model, path: &Path, layer: u32) {
-    let file = std::fs::File::open(path).expect("open");
-    for part in &model.catalog().layers[layer as usize].uses {
-        let Extent {
-            shard_index,
-            offset_bytes,
-            len_bytes,
-        } = part.extent;
-        let mut expected = vec![0u8; len_bytes as usize];
-        file.read_exact_at(&mut expected, offset_bytes)
-            .expect("read");
-        let address = model.address(shard_index, offset_bytes);
-        // SAFETY: the layer is acquired by the caller, so its bytes are mapped and stay.
-        let streamed = unsafe { std::slice::from_raw_parts(address, len_bytes as usize) };
-        assert!(
-            streamed == expected,
-            "layer {layer}: bytes at {offset_bytes} differ from the file"
-        );
-    }
+    let layer = &model.catalog().layers[layer as usize];
+    common::check_layer(layer, path, |shard, offset| model.address(shard, offset));
 }
 
 fn walk(model: &Model, path: &Path, passes: u32) {

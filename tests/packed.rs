@@ -8,8 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 
 use common::{flea, json, number, output};
+use flea::engine::{BudgetSpec, Model, OpenOptions};
 use flea::io::ShardFile;
 use flea::io::packed;
+use flea::mem::Backing;
 use flea::model::coded::HEAD_BYTES;
 
 fn original() -> PathBuf {
@@ -72,6 +74,32 @@ fn it_streams_into_host_memory_as_the_original() {
     let said = output(command.args(["--memory", "40%", "--reader", "io_uring"]));
     assert!(!said.status.success());
     assert!(text(&said).contains("is compressed"), "{}", text(&said));
+}
+
+/// `--verify` decodes twice; this looks into the file that was compressed.
+#[test]
+fn what_a_lease_shows_is_the_original() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = compressed(directory.path());
+    let original = original();
+    let original_bytes = std::fs::metadata(&original).expect("a model").len();
+    for backing in [Backing::Private, Backing::Shared] {
+        let options = OpenOptions {
+            budget: BudgetSpec::Pool(original_bytes / 2),
+            backing,
+            ..OpenOptions::default()
+        };
+        let model = Model::open(&path, options).expect("a compressed model");
+        for layer in (0..model.catalog().layers.len() as u32).cycle().take(20) {
+            model.acquire(layer, None, None).expect("a lease");
+            let held = &model.catalog().layers[layer as usize];
+            common::check_layer(held, &original, |shard, offset| {
+                model.address(shard, offset)
+            });
+            model.release(layer).expect("released");
+        }
+        assert!(model.stats().bytes_read > original_bytes / 2);
+    }
 }
 
 #[test]

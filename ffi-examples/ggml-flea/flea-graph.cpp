@@ -372,7 +372,10 @@ ggml_status graph_compute(Stream & stream, ggml_cgraph * graph) {
     lease.bind(&stream);
     KvLease kv;
     for (const Step & step : stream.steps) {
-        const bool has_kv = with_kv_of(step, graph, kv, &status);
+        // The CPU backend asks by itself while it computes.
+        const bool is_aborted = gpu() && wants_abort(&stream);
+        if (is_aborted) { status = FLEA_E_CANCELED; }
+        const bool has_kv = !is_aborted && with_kv_of(step, graph, kv, &status);
         const ggml_status computed = has_kv ? compute_step(stream, graph, step, lease, &status) : GGML_STATUS_FAILED;
         if (computed == GGML_STATUS_SUCCESS) { continue; }
         const bool is_failure = has_kv && status != FLEA_OK && status != FLEA_E_CANCELED;

@@ -94,10 +94,30 @@ fn wishes_are_read_in_their_order_and_are_hits_afterwards() {
     assert_eq!(read_all(&mut state), [5, 3, 9]);
     assert_eq!(state.lease_units(&[3, 5, 9], 1), Room::Leased);
     assert!(state.units_ready(&[3, 5, 9]));
+    assert_eq!(state.expert_counts().hits, 0, "nobody has them yet");
+    state.count_acquired(&[3, 5, 9]);
     let counts = state.expert_counts();
     assert_eq!((counts.hits, counts.misses, counts.bytes), (3, 0, 0));
     assert_eq!((counts.ahead, counts.ahead_bytes), (3, 3 * 4096));
     assert_eq!(counts.unused_bytes, 0);
+}
+
+#[test]
+fn what_had_to_be_asked_for_is_no_hit_when_the_acquire_is_made_again() {
+    let mut state = state(16, 8);
+    // An acquire that gives up before its units are there.
+    assert_eq!(state.lease_units(&[3, 5], 1), Room::Leased);
+    release(&mut state, &[3, 5]);
+    read_all(&mut state);
+    let acquire = |state: &mut State| {
+        lease(state, &[3, 5]);
+        state.count_acquired(&[3, 5]);
+        release(state, &[3, 5]);
+        let counts = state.expert_counts();
+        (counts.calls, counts.hits, counts.misses)
+    };
+    assert_eq!(acquire(&mut state), (1, 0, 2));
+    assert_eq!(acquire(&mut state), (2, 2, 2));
 }
 
 #[test]

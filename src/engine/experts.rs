@@ -151,7 +151,6 @@ impl State {
         let Some(experts) = &mut self.experts else {
             return Room::Leased;
         };
-        experts.counts.calls += 1;
         *experts.held.entry(thread).or_insert(0) += units.len() as u32;
         for &unit in units {
             self.count_lease(unit);
@@ -168,12 +167,10 @@ impl State {
         if experts.ahead.leased(unit) {
             experts.unpin(unit);
         }
-        let asked = &mut experts.asked[unit as usize];
         if self.fetches[fetch].phase != Phase::Absent {
-            experts.counts.hits += u64::from(!*asked);
             return;
         }
-        *asked = true;
+        experts.asked[unit as usize] = true;
         experts.counts.misses += 1;
         experts.counts.bytes += self.layout.fetches[fetch].len_bytes;
         experts.errors.remove(&unit);
@@ -181,20 +178,14 @@ impl State {
         self.begin_unit(unit);
     }
 
-    /// An acquire of these units has got them.
-    pub(super) fn forget_asked(&mut self, units: &[u32]) {
+    /// An acquire of these units has got them: a hit is what neither it nor one that gave up before it had to ask for.
+    pub(super) fn count_acquired(&mut self, units: &[u32]) {
         if let Some(experts) = &mut self.experts {
+            experts.counts.calls += 1;
             for &unit in units {
-                experts.asked[unit as usize] = false;
+                let asked = std::mem::take(&mut experts.asked[unit as usize]);
+                experts.counts.hits += u64::from(!asked);
             }
-        }
-    }
-
-    /// The acquire that leased units gave up: the `hits` it counted are counted when they are leased.
-    pub(super) fn uncount(&mut self, hits: u64) {
-        if let Some(experts) = &mut self.experts {
-            experts.counts.hits -= hits;
-            experts.counts.calls -= 1;
         }
     }
 

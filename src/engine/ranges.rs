@@ -95,14 +95,7 @@ impl Model {
         }
         self.with_wanted(ranges, |running, wanted| {
             if !wanted.units.is_empty() {
-                let mut state = running.core.state();
-                state.release_units(&wanted.units, thread_id())?;
-                // Somebody may wait for room.
-                running.core.hall.notify(&state);
-                if state.wants_room() {
-                    drop(state);
-                    running.started.waker.wake();
-                }
+                give_back(running, running.core.state(), &wanted.units)?;
             }
             let mut result = Ok(());
             for (layer, _) in &wanted.layers {
@@ -282,6 +275,17 @@ fn units_of(running: &Running, extent: &Extent) -> Range<u32> {
         .units_in(extent.shard_index, extent.offset_bytes, end_bytes)
 }
 
+/// Gives leased units back, and wakes who waits for room.
+fn give_back(running: &Running, mut state: MutexGuard<'_, State>, units: &[u32]) -> Result<()> {
+    state.release_units(units, thread_id())?;
+    running.core.hall.notify(&state);
+    if state.wants_room() {
+        drop(state);
+        running.started.waker.wake();
+    }
+    Ok(())
+}
+
 /// Leases units and waits until they are there.
 fn acquire_units(running: &Running, units: &[u32], deadline: Option<Instant>) -> Result<()> {
     if units.is_empty() {
@@ -290,7 +294,6 @@ fn acquire_units(running: &Running, units: &[u32], deadline: Option<Instant>) ->
     let thread = thread_id();
     let begun = Instant::now();
     let mut state = running.core.state();
-    let mut hits_before = state.expert_counts().hits;
     while state.lease_units(units, thread) == Room::Full {
         if state.holds_units(thread) && !state.reads_ahead() {
             let context = format!(
@@ -302,11 +305,9 @@ fn acquire_units(running: &Running, units: &[u32], deadline: Option<Instant>) ->
         }
         check_deadline(deadline, begun)?;
         state = sleep(running, state, deadline);
-        hits_before = state.expert_counts().hits;
     }
-    let hits = state.expert_counts().hits - hits_before;
     if state.units_ready(units) {
-        state.forget_asked(units);
+        state.count_acquired(units);
         return Ok(());
     }
     // Who only asks does not wait.
@@ -316,13 +317,12 @@ fn acquire_units(running: &Running, units: &[u32], deadline: Option<Instant>) ->
     if waits {
         state.count_stall(begun);
     }
-    if arrived.is_err() {
-        state.release_units(units, thread)?;
-        state.uncount(hits);
-    } else {
-        state.forget_asked(units);
+    if arrived.is_ok() {
+        state.count_acquired(units);
+        drop(state);
+    } else if let Err(error) = give_back(running, state, units) {
+        log::error!("{error}"); // why they did not arrive counts more
     }
-    drop(state);
     if let (Some(trace), true) = (&running.core.hall.trace, waits) {
         trace.waited(running.layout.units()[units[0] as usize].layer, begun);
     }

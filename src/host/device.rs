@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use llama_cpp_sys_2 as llama;
 
+use crate::engine::Stats;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ffi::calls;
 use crate::ffi::handle::model_of;
@@ -114,6 +115,12 @@ impl Drop for Handle {
         // SAFETY: opened by flea_model_open, closed once, and no lease is held between two decodes.
         unsafe { calls::flea_model_close(self.0) };
     }
+}
+
+/// How often a graph was cut to see which experts a router had chosen.
+fn expert_cuts() -> u64 {
+    // SAFETY: reads a counter, from any thread.
+    unsafe { ggml_backend_flea_expert_cuts() }
 }
 
 /// Looks for ggml's own device of the GPU.
@@ -334,6 +341,11 @@ impl Handle {
         unsafe { model_of(self.0) }
     }
 
+    /// Counters that only grow: those of the engine, and the device's cuts.
+    pub(crate) fn counters(&self) -> (Stats, u64) {
+        (self.model().counters(), expert_cuts())
+    }
+
     /// Names of the tables of embeddings whose rows can be read.
     fn row_tables(&self) -> Vec<String> {
         let model = self.model();
@@ -409,8 +421,7 @@ impl Handle {
         figures.loads = stats.loads;
         // SAFETY: reads a counter, from any thread.
         figures.early_pieces = unsafe { ggml_backend_flea_early_pieces() };
-        // SAFETY: as above.
-        figures.expert_cuts = unsafe { ggml_backend_flea_expert_cuts() };
+        figures.expert_cuts = expert_cuts();
         // SAFETY: as above; the number is ours to be written.
         figures.expert_guesses =
             unsafe { ggml_backend_flea_expert_guesses(&raw mut figures.expert_guesses_right) };

@@ -109,17 +109,20 @@ pub struct DecodeFigures {
     pub expert_misses: u64,
     /// Bytes read for them.
     pub expert_bytes_read: u64,
+    /// How often a graph was cut to see which experts a router had chosen.
+    pub expert_cuts: u64,
     /// Time with reads in flight.
     pub read_seconds: f64,
 }
 
 impl DecodeFigures {
-    pub(super) fn between(before: &Stats, now: &Stats) -> Self {
+    pub(super) fn between((before, cuts): &(Stats, u64), (now, now_cuts): &(Stats, u64)) -> Self {
         Self {
             bytes_read: now.bytes_read - before.bytes_read,
             expert_hits: now.experts.hits - before.experts.hits,
             expert_misses: now.experts.misses - before.experts.misses,
             expert_bytes_read: now.experts.bytes - before.experts.bytes,
+            expert_cuts: now_cuts - cuts,
             read_seconds: (now.read_ns - before.read_ns) as f64 / 1e9,
         }
     }

@@ -61,8 +61,8 @@ pub struct Session {
     loader_bytes: u64,
     profile: String,
     hash: LogitsHash,
-    /// Counters at the end of the last prompt.
-    after_prompt: Stats,
+    /// Counters at the end of the last prompt; see [`crate::host::device::Handle::counters`].
+    after_prompt: (Stats, u64),
 }
 
 /// What happens while generating.
@@ -205,7 +205,7 @@ impl Session {
             loader_bytes,
             profile: profile.to_string(),
             hash: LogitsHash::default(),
-            after_prompt: Stats::default(),
+            after_prompt: (Stats::default(), 0),
         })
     }
 
@@ -287,7 +287,7 @@ impl Session {
         generation.prompt_seconds = started.elapsed().as_secs_f64();
         generation.first_token_seconds = process::seconds_since_exec();
         if let Some(streamed) = &self.streamed {
-            self.after_prompt = streamed.handle().model().counters();
+            self.after_prompt = streamed.handle().counters();
         }
         // The pool stands and every kind of compute has run once: the level that stays.
         limits::process_memory_bytes()?;
@@ -471,7 +471,7 @@ impl Session {
         };
         if let Some(streamed) = &self.streamed {
             streamed.handle().fill(&mut figures)?;
-            let now = streamed.handle().model().counters();
+            let now = streamed.handle().counters();
             figures.decode = DecodeFigures::between(&self.after_prompt, &now);
             figures.kv_disk = streamed.kv_disk().map(KvDisk::figures);
         }

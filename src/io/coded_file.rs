@@ -178,6 +178,20 @@ impl CodedFile {
         )
     }
 
+    /// That another opening of the same path found the same file, and that it is still what its tables were read from.
+    ///
+    /// # Errors
+    /// `Changed`, `Truncated`.
+    pub(super) fn check_same(&self, other: &ShardFile) -> Result<()> {
+        if other.identity() != self.file.identity() {
+            let path = other.path().display();
+            let context =
+                format!("{path}: was replaced or written to while it was opened; open it again");
+            return Err(Error::new(ErrorKind::Changed, context));
+        }
+        self.file.check_unchanged()
+    }
+
     /// Where it was opened.
     #[must_use]
     pub fn path(&self) -> &Path {

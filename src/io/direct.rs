@@ -148,6 +148,8 @@ impl ShardFile {
     pub fn open_decoded(path: &Path) -> Result<Self> {
         let coded = CodedFile::open(Self::open(path)?, Offsets::Original)?;
         let mut file = Self::open(path)?;
+        // The tables were read through the first descriptor: both must be of one file, and it must still be that.
+        coded.check_same(&file)?;
         file.len_bytes = coded.len_bytes();
         file.coded = Some(Box::new(coded));
         Ok(file)

@@ -444,11 +444,15 @@ fn read_whole(shared: &Shared, flight: &mut Flight, tally: &mut Tally) -> Result
     }
 }
 
-/// The same of a compressed file: bytes of the original. Damage is no errno, and trying again mends none.
+/// The same of a compressed file: bytes of the original, or what the kernel says. Damage is no errno, and trying again mends
+/// none.
 fn decode(coded: &CodedFile, ask: &Ask) -> Result<i64> {
     // SAFETY: the submitter vouched for len_bytes of writable memory at target until the completion.
     let bytes = unsafe { std::slice::from_raw_parts_mut(ask.target, ask.len_bytes as usize) };
-    Ok(coded.fill(ask.offset_bytes, bytes)? as i64)
+    match coded.fill(ask.offset_bytes, bytes) {
+        Ok(filled) => Ok(filled as i64),
+        Err(error) => error.errno().map(|errno| -i64::from(errno)).ok_or(error),
+    }
 }
 
 /// One system call: bytes, or a negative errno.

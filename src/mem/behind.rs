@@ -18,8 +18,8 @@ use std::thread::JoinHandle;
 /// What is populated in one call. The stream's moves wait for the lock that the call holds, so it has to be short: 4 MiB
 /// are 0.4 ms, and 8 ms in a virtual machine whose host has to find the memory first, less than what is in flight.
 const STEP_BYTES: usize = (4 * MIB) as usize;
-/// Steps between two looks at what is free: 64 MiB.
-const CHECK_STEPS: usize = 16;
+/// Bytes between two looks at what is free.
+const CHECK_BYTES: usize = (64 * MIB) as usize;
 
 /// A range of a pool: address and length.
 pub(super) type Range = (usize, usize);
@@ -31,10 +31,19 @@ pub(super) struct FillBehind {
     threads: Vec<JoinHandle<()>>,
 }
 
+/// What is populated in one call.
+#[derive(Debug, Clone, Copy)]
+struct Step {
+    address: usize,
+    len: usize,
+    /// Of all steps in front of it.
+    before_bytes: usize,
+}
+
 #[derive(Debug)]
 struct Work {
     /// Populated one by one, in their order.
-    steps: Vec<Range>,
+    steps: Vec<Step>,
     total_bytes: usize,
     /// The first step that nobody has taken.
     next: AtomicUsize,
@@ -50,13 +59,11 @@ impl FillBehind {
     /// Every range is whole pages, belongs to flea, and stays mapped until this is dropped. While it is writable, nothing but
     /// its bytes that are being read is written there.
     pub(super) unsafe fn begin(ranges: &[Range], hurry_bytes: usize) -> Result<Self> {
-        let step = |&(address, len): &Range| {
-            let skips = (0..len).step_by(STEP_BYTES);
-            skips.map(move |skip| (address + skip, STEP_BYTES.min(len - skip)))
-        };
+        let (steps, total_bytes) = steps_of(ranges);
+        let hurry = steps.partition_point(|step| step.before_bytes < hurry_bytes);
         let work = Arc::new(Work {
-            steps: ranges.iter().flat_map(step).collect(),
-            total_bytes: ranges.iter().map(|(_, len)| len).sum(),
+            steps,
+            total_bytes,
             next: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
             failed: OnceLock::new(),
@@ -66,7 +73,6 @@ impl FillBehind {
             threads: Vec::with_capacity(2),
         };
         let all = behind.work.steps.len();
-        let hurry = hurry_bytes.div_ceil(STEP_BYTES).min(all);
         for until in [all, hurry] {
             let work = Arc::clone(&behind.work);
             let thread = std::thread::Builder::new()
@@ -108,11 +114,11 @@ impl Work {
                 .next
                 .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take);
             let Ok(index) = taken else { return };
-            let (address, len) = self.steps[index];
+            let step = self.steps[index];
             // SAFETY: a part of a range, per this function's contract.
             let populated = self
-                .check_free(index)
-                .and_then(|()| unsafe { host::populate_beside_reads(address, len) });
+                .check_free(&step)
+                .and_then(|()| unsafe { host::populate_beside_reads(step.address, step.len) });
             match populated {
                 Ok(true) => {}
                 Ok(false) => self.stop.store(true, Ordering::Relaxed),
@@ -127,12 +133,11 @@ impl Work {
 
     /// The kernel answers a cgroup that is full with the OOM killer, so what is free is asked first. What the reader populated
     /// itself is counted twice here; it is a few requests' worth, and errs on the safe side.
-    fn check_free(&self, index: usize) -> Result<()> {
-        if index == 0 || !index.is_multiple_of(CHECK_STEPS) {
+    fn check_free(&self, step: &Step) -> Result<()> {
+        let Some(next_bytes) = due_check(step, self.total_bytes) else {
             return Ok(());
-        }
-        let done_bytes = (index * STEP_BYTES).min(self.total_bytes);
-        let next_bytes = (CHECK_STEPS * STEP_BYTES).min(self.total_bytes - done_bytes);
+        };
+        let done_bytes = step.before_bytes;
         limits::check_free(next_bytes as u64, "the next part of the pool").map_err(|error| {
             let context = format!(
                 "{error}; the pool was filled to {} of {}",
@@ -144,11 +149,58 @@ impl Work {
     }
 }
 
+/// Ranges in steps, and the bytes of all of them.
+fn steps_of(ranges: &[Range]) -> (Vec<Step>, usize) {
+    let mut steps = Vec::new();
+    let mut before_bytes = 0;
+    for &(address, range_len) in ranges {
+        for skip in (0..range_len).step_by(STEP_BYTES) {
+            let len = STEP_BYTES.min(range_len - skip);
+            steps.push(Step {
+                address: address + skip,
+                len,
+                before_bytes,
+            });
+            before_bytes += len;
+        }
+    }
+    (steps, before_bytes)
+}
+
+/// How much has to be free before a step, where it is time to look: [`CHECK_BYTES`] since the last look. The first is that
+/// of who made the pool.
+fn due_check(step: &Step, total_bytes: usize) -> Option<usize> {
+    let checks_before = step.before_bytes / CHECK_BYTES;
+    let checks_behind = (step.before_bytes + step.len) / CHECK_BYTES;
+    let is_due = checks_behind > checks_before && step.before_bytes > 0;
+    is_due.then(|| (CHECK_BYTES + STEP_BYTES).min(total_bytes - step.before_bytes))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::mem::host::Protection;
     use crate::mem::limits::process_memory_bytes;
+
+    #[test]
+    fn what_is_free_is_asked_all_the_way_through_short_ranges() {
+        const COUNT: usize = 2000;
+        let ranges: Vec<Range> = (0..COUNT).map(|index| (index << 20, 512 << 10)).collect();
+        let (steps, total_bytes) = steps_of(&ranges);
+        assert_eq!((steps.len(), total_bytes), (COUNT, COUNT * (512 << 10)));
+        let mut covered = CHECK_BYTES; // whoever made the pool asked for all of it
+        for step in &steps {
+            if let Some(next_bytes) = due_check(step, total_bytes) {
+                assert!(
+                    step.before_bytes <= covered,
+                    "a gap at {}",
+                    step.before_bytes
+                );
+                covered = step.before_bytes + next_bytes;
+            }
+        }
+        assert_eq!(covered, total_bytes);
+    }
 
     #[test]
     fn memory_arrives_and_what_is_protected_meanwhile_is_passed_over() {

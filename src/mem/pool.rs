@@ -207,7 +207,7 @@ impl Pool {
     /// To be asked before a read into a pool that is filled behind.
     ///
     /// # Errors
-    /// `NoMemory` when there was none left for them.
+    /// `NoMemory` when there was none left for the rest of it.
     pub fn check_filled(&self) -> Result<()> {
         match &self.store {
             Store::Private(store) => store.check_filled(),

@@ -19,6 +19,10 @@ fn a_quarantined_slot_is_out_for_ever() {
         readable(target),
         "a host may hold a lease on the part that had arrived"
     );
+    assert!(
+        writable(target),
+        "a thread that decodes a compressed layer may yet write"
+    );
     assert_eq!(pool.publish(0).unwrap_err().kind(), ErrorKind::Invalid);
     for (slot, layer) in [(0, 1), (1, 0)] {
         let error = pool.aim(slot, &run_of(&plan, layer)).unwrap_err();

@@ -306,9 +306,9 @@ impl Private {
         let ring = &mut self.slots[..geometry.slots_count as usize];
         for (_, other) in (0..).zip(ring).filter(|(index, _)| *index != slot) {
             if other.unused && other.touches(&geometry, address, len) {
+                other.lay_out(&geometry, address, 0)?;
                 other.unused = false;
                 other.aimed = None;
-                other.lay_out(&geometry, address, 0)?;
             }
         }
         Ok(())
@@ -393,7 +393,7 @@ impl Private {
         unsafe { host::protect(aim.address, aim.len, Protection::Read) }
     }
 
-    /// What kept the resident pages from getting their memory.
+    /// What kept the pool from getting its memory.
     pub(super) fn check_filled(&self) -> Result<()> {
         self.behind.as_ref().map_or(Ok(()), FillBehind::check)
     }
@@ -427,12 +427,9 @@ impl Private {
         }
         if let Some(aim) = slot.aimed {
             self.windows.keep(aim.shard_index);
-            // Read-only and not out of reach: a host may hold a lease on the part that had arrived, and the drive's
-            // trouble must not become its crash. Nobody gets a new lease: the layer's fetch has failed.
-            // SAFETY: the slot's own place. The kernel's hold on the pages is not touched by their protection.
-            if let Err(error) = unsafe { host::protect(aim.address, aim.len, Protection::Read) } {
-                log::error!("a quarantined slot stays writable: {error}");
-            }
+            // The place stays as it is, readable and writable: a host may hold a lease on the part that had arrived, and a
+            // thread that decodes may yet write. The drive's trouble must not become their crash. Nobody gets a new lease:
+            // the layer's fetch has failed.
         }
     }
 

@@ -4,9 +4,7 @@
 
 use flea::proto::snapshot::{ModelState, Snapshot};
 use flea::proto::{Attached, Control, message};
-use flea::units::Extent;
 use serde_json::json;
-use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -172,24 +170,8 @@ pub fn open_files(pid: i32) -> usize {
 
 /// Compares every byte of a layer that is held with the file.
 pub fn check_layer(model: &Attached, path: &Path, layer: u32) {
-    let file = std::fs::File::open(path).expect("open");
-    for part in &model.catalog().layers[layer as usize].uses {
-        let Extent {
-            shard_index,
-            offset_bytes,
-            len_bytes,
-        } = part.extent;
-        let mut expected = vec![0u8; len_bytes as usize];
-        file.read_exact_at(&mut expected, offset_bytes)
-            .expect("read");
-        let address = model.address(shard_index, offset_bytes);
-        // SAFETY: the layer is held by the caller, so its bytes are mapped and stay.
-        let streamed = unsafe { std::slice::from_raw_parts(address, len_bytes as usize) };
-        assert!(
-            streamed == expected,
-            "layer {layer}: bytes at {offset_bytes} differ from the file"
-        );
-    }
+    let layer = &model.catalog().layers[layer as usize];
+    crate::common::check_layer(layer, path, |shard, offset| model.address(shard, offset));
 }
 
 /// Walks over all layers and compares every byte.

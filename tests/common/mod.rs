@@ -2,7 +2,9 @@
 
 #![allow(dead_code)]
 
+use flea::model::{Layer, Use};
 use nix::fcntl::{Flock, FlockArg};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -79,6 +81,26 @@ pub fn small_llama(name: &str, layers: &str, extra: &[&str]) -> PathBuf {
     arguments.extend(["--heads", "4", "--kv-heads", "2"]);
     arguments.extend(extra);
     synth(name, &arguments)
+}
+
+/// Compares every byte of a layer with the model's one file. The layer is held: its bytes lie where `address` says, and stay.
+#[allow(unsafe_code)]
+pub fn check_layer(layer: &Layer, path: &Path, address: impl Fn(u32, u64) -> *const u8) {
+    let file = std::fs::File::open(path).expect("open");
+    for Use { extent, .. } in &layer.uses {
+        let mut expected = vec![0u8; extent.len_bytes as usize];
+        file.read_exact_at(&mut expected, extent.offset_bytes)
+            .expect("read");
+        let address = address(extent.shard_index, extent.offset_bytes);
+        // SAFETY: the caller holds the layer, so its bytes are mapped and stay.
+        let streamed = unsafe { std::slice::from_raw_parts(address, expected.len()) };
+        assert!(
+            streamed == expected,
+            "layer {}: bytes at {} differ from the file",
+            layer.label,
+            extent.offset_bytes
+        );
+    }
 }
 
 /// Runs the program and gives what it said.

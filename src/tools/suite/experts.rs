@@ -73,9 +73,7 @@ impl Experts {
         if missed > 0.0 {
             figures.insert("of_misses", read / (missed * each));
             figures.insert("expert_bytes", each);
-            // The prompt is one pass like each token, with as many cuts.
-            let passes = FLEA_TOKENS as f64;
-            let cuts = number(&answer, "expert_cuts")? / passes * (passes - 1.0);
+            let cuts = number(&answer, "decode_expert_cuts")?;
             figures.insert("missed_at_once", missed / cuts);
             let seconds = number(&answer, "decode_read_seconds")?;
             figures.insert("miss_rate", read / 1e9 / seconds);
@@ -89,12 +87,18 @@ impl Experts {
     }
 
     /// fio with requests of an expert's length, as many in flight as flea misses at once.
-    fn fio_line(lab: &mut Lab<'_>, run: &mut Run) -> Result<()> {
+    fn fio_line(&self, lab: &mut Lab<'_>, run: &mut Run) -> Result<()> {
         if let (Some(bytes), Some(count)) = (run.get("expert_bytes"), run.get("missed_at_once")) {
             let request_bytes = (bytes as u64).next_multiple_of(PAGE_4K);
             let shape = Shape::new(request_bytes, count.round().max(1.0) as u32);
-            let line = lab.fio.random_line(shape, lab.stop)?;
-            run.figures.insert("fio_rate", line.gb_per_second);
+            match lab.fio.random_line(&self.path, shape, lab.stop) {
+                Ok(line) => {
+                    run.figures.insert("fio_rate", line.gb_per_second);
+                }
+                Err(error) if error.kind() == ErrorKind::Canceled => return Err(error),
+                // The other figures of the round are as good without it.
+                Err(error) => (lab.say)(&error.to_string()),
+            }
         }
         Ok(())
     }
@@ -159,7 +163,7 @@ impl Case for Experts {
                     self.slug, self.read_ahead_kib
                 ),
                 "A prompt of 512 tokens and tokens after it, each alone in a memory cgroup limited to that share of the model \
-                 file, page cache cold (proven by mincore) before each; flea gets the limit less 48 MiB as --memory, llama.cpp \
+                 file, page cache cold (proven by cachestat or mincore) before each; flea gets the limit less 48 MiB as --memory, llama.cpp \
                  is llama-bench with mmap. Of resident: of the prompt's rate with all weights in memory, which no way of \
                  reading can pass. Read to misses: bytes read while decoding against those of the experts that were missing. Of fio, \
                  same reads: their rate while any was in flight against random reads of fio, as long as an expert's and as many \
@@ -181,7 +185,7 @@ impl Case for Experts {
             let limit_bytes = model_bytes / 100 * u64::from(limit);
             let flea = self.flea(lab, Some(limit_bytes));
             let mut flea = Run::of(label("flea", limit), flea)?;
-            Self::fio_line(lab, &mut flea)?;
+            self.fio_line(lab, &mut flea)?;
             runs.push(flea);
             (lab.say)(&label(MMAP, limit));
             runs.push(Run::of(label(MMAP, limit), self.peer(lab, limit_bytes))?);

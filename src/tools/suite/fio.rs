@@ -130,19 +130,21 @@ impl Fio {
     /// # Errors
     /// `NotFound` without fio, `Io` when it fails or answers nonsense, `Canceled`.
     pub fn line(&mut self, shape: Shape, stop: &AtomicBool) -> Result<Line> {
-        self.line_in("read", shape, stop)
+        self.turn += 1;
+        let mut command = self.command("read", &self.path, shape);
+        command.arg(format!("--offset={}%", self.turn * STRIDE_PERCENT % 90));
+        self.run(&mut command, shape, stop)
     }
 
-    /// One line of requests all over the file.
+    /// One line of requests all over a file.
     ///
     /// # Errors
     /// Those of [`Fio::line`].
-    pub fn random_line(&mut self, shape: Shape, stop: &AtomicBool) -> Result<Line> {
-        self.line_in("randread", shape, stop)
+    pub fn random_line(&self, path: &Path, shape: Shape, stop: &AtomicBool) -> Result<Line> {
+        self.run(&mut self.command("randread", path, shape), shape, stop)
     }
 
-    fn line_in(&mut self, order: &str, shape: Shape, stop: &AtomicBool) -> Result<Line> {
-        self.turn += 1;
+    fn command(&self, order: &str, path: &Path, shape: Shape) -> Command {
         let mut command = Command::new("fio");
         command
             .args([
@@ -153,16 +155,20 @@ impl Fio {
             ])
             .args(["--time_based", "--output-format=json"])
             .arg(format!("--rw={order}"))
-            .arg(format!("--filename={}", self.path.display()))
+            .arg(format!("--filename={}", path.display()))
             .arg(format!("--bs={}", shape.request_bytes))
             .arg(format!("--iodepth={}", shape.depth))
-            .arg(format!("--runtime={}ms", (self.seconds * 1e3).round()))
-            .arg(format!("--offset={}%", self.turn * STRIDE_PERCENT % 90));
-        if self.huge_pages {
+            .arg(format!("--runtime={}ms", (self.seconds * 1e3).round()));
+        // More than what was asked of the kernel cannot be had of them.
+        if self.huge_pages && shape.footprint_bytes() <= FOOTPRINT_BYTES {
             command.arg("--iomem=mmaphuge");
         }
+        command
+    }
+
+    fn run(&self, command: &mut Command, shape: Shape, stop: &AtomicBool) -> Result<Line> {
         let limit = GRACE + Duration::from_secs_f64(self.seconds);
-        let done = child::run(&mut command, limit, stop).map_err(|error| match error.kind() {
+        let done = child::run(command, limit, stop).map_err(|error| match error.kind() {
             ErrorKind::NotFound => Error::new(
                 ErrorKind::NotFound,
                 "fio is not installed, and nothing can be compared without it; try: apt-get install fio",

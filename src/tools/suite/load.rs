@@ -171,7 +171,7 @@ impl Case for Load {
             ..blank(
                 "load",
                 "A whole model into memory, cold",
-                "Page cache cold (proven by mincore) before each, as much memory taken and given back, so that a virtual machine's \
+                "Page cache cold (proven by cachestat or mincore) before each, as much memory taken and given back, so that a virtual machine's \
                  host has it. The safetensors file is as large as the model.",
                 &self.path,
             )

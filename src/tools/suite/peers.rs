@@ -213,7 +213,7 @@ impl Case for Limited {
                 &name,
                 &format!("Against stock llama.cpp under the same limit, read-ahead {kib} KiB"),
                 "Each alone in a memory cgroup limited to that share of the model file, context 256, page cache cold (proven by \
-                 mincore) before each; flea gets the limit less 48 MiB as --memory. Steady tokens after the first. Read per token \
+                 cachestat or mincore) before each; flea gets the limit less 48 MiB as --memory. Steady tokens after the first. Read per token \
                  and major faults are the kernel's counts for the process.",
                 &self.path,
             )
