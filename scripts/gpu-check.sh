@@ -14,10 +14,12 @@
 # with weights streamed, which must give the tokens that it gives with all of them in VRAM, and how fast, beside llama.cpp's -ngl.
 # OUT (default: gpu-report) gets report.json and report.md; models are written to GPU_CHECK_DIR (default: OUT/models), which
 # should be on the drive that is meant. GPU_CHECK_MODEL is the size of the largest (default 8GiB), GPU_CHECK_HALVES of the one that
-# is compressed (2GiB), GPU_CHECK_KERNELS what the kernels work on (512MiB).
+# is compressed (2GiB), GPU_CHECK_KERNELS what the kernels work on (512MiB); GPU_CHECK_PROBE are words for flea probe, for a try that
+# has to be short.
 #
 # A step that is done is not done again: where the time is up (GPU_CHECK_SECONDS, default 540) it ends with exit code 75, and
-# the next call goes on from there. Builds go on where they were.
+# the next call goes on from there. Builds go on where they were. What cannot be done there (no nvcc, no compute-sanitizer, ...)
+# is no failure: the report names it, and why.
 set -euo pipefail
 began=$SECONDS
 here=$(cd "$(dirname "$0")" && pwd)
@@ -81,7 +83,10 @@ mkdir -p "$out/steps" "$out/results"
 out=$(realpath "$out")
 models=${GPU_CHECK_DIR:-$out/models}
 size=${GPU_CHECK_MODEL:-8GiB}
+kernels_size=${GPU_CHECK_KERNELS:-512MiB}
+[[ $kernels_size =~ ^[0-9]+MiB$ ]] || { echo "gpu-check: GPU_CHECK_KERNELS=$kernels_size: write it in MiB, as 512MiB" >&2; exit 2; }
 mkdir -p "$models"
+: >"$out/not-run"
 export FLEA_PROFILE=$out/profile
 mkdir -p "$FLEA_PROFILE"
 limit=${GPU_CHECK_SECONDS:-540}
@@ -109,6 +114,12 @@ step() {
   ((status == 124)) && { echo "gpu-check: $name ran out of time: call again" >&2; exit 75; }
   echo "$status" >"$out/steps/$name.status"
 }
+# missing NAME WHY: that step is not run on this machine. Told anew by every call.
+missing() {
+  echo "gpu-check: $1 is not run: $2" >&2
+  printf '%s|%s\n' "$1" "$2" >>"$out/not-run"
+}
+
 status() { cat "$out/steps/$1.status" 2>/dev/null || echo none; }
 passed() { [[ $(status "$1") = 0 ]]; }
 
@@ -142,6 +153,9 @@ pass() {
   sed 's/.*"passes":\[\([^]]*\)\].*/\1/' "$out/results/$1.json" 2>/dev/null | grep -o "\"$2\":[0-9.e+-]*" | tail -n 1 | sed 's/.*://' || true
 }
 
+for part in device flea flea.fatbin; do
+  [[ -e $here/$part ]] || { echo "gpu-check: $here has no $part: run gpu-check.sh where \`gpu-check.sh bundle\` has put it" >&2; exit 2; }
+done
 if ! "$here/device" info >"$out/info.json" 2>"$out/info.err"; then
   cat "$out/info.err" >&2
   echo "gpu-check: no GPU that can be used" >&2
@@ -152,22 +166,34 @@ driver=unknown
 if command -v nvidia-smi >/dev/null; then
   link=$(nvidia-smi --id=0 --query-gpu=pcie.link.gen.max,pcie.link.width.max --format=csv,noheader | sed 's/ *, */ x/; s/^/PCIe /') || link=unknown
   driver=$(nvidia-smi --id=0 --query-gpu=driver_version --format=csv,noheader) || driver=unknown
+else
+  missing nvidia-smi 'nvidia-smi is not installed: which driver and link these are is unknown'
 fi
 
 # ---- kernels ----------------------------------------------------------------------------------------------------
 
 runner=(env "FLEA_FATBIN=$here/flea.fatbin" "FLEA_KERNELS_ON=$here/device")
-same=("${runner[@]}" "$here/kernels-test" --skip fatbin --skip the_runner_for_gpus --test-threads 4)
-step kernels 200 "${same[@]}"
 sanitizer=$(command -v compute-sanitizer || compgen -G '/usr/local/cuda*/bin/compute-sanitizer' | head -n 1 || true)
-if [[ -n $sanitizer ]]; then
-  printf '#!/usr/bin/env bash\nset -euo pipefail\nexec %q --error-exitcode 9 %q "$@"\n' "$sanitizer" "$here/device" >"$out/sanitized"
-  chmod +x "$out/sanitized"
-  step sanitizer 300 "${runner[@]}" FLEA_KERNELS_ON="$out/sanitized" "$here/kernels-test" --test-threads 4 every_length quantised checksums
+if [[ -x $here/kernels-test ]]; then
+  step kernels 200 "${runner[@]}" "$here/kernels-test" --skip fatbin --skip the_runner_for_gpus --test-threads 4
+  if [[ -n $sanitizer ]]; then
+    printf '#!/usr/bin/env bash\nset -euo pipefail\nexec %q --error-exitcode 9 %q "$@"\n' "$sanitizer" "$here/device" >"$out/sanitized"
+    chmod +x "$out/sanitized"
+    step sanitizer 300 "${runner[@]}" FLEA_KERNELS_ON="$out/sanitized" "$here/kernels-test" --test-threads 4 every_length quantised checksums
+  else
+    missing sanitizer 'compute-sanitizer is not installed; it comes with the CUDA toolkit'
+  fi
+  step rates 90 "${runner[@]}" "FLEA_KERNELS_REPORT=$out/rates.json" "FLEA_KERNELS_MIB=${kernels_size%MiB}" "$here/kernels-test" \
+    --ignored rates_beside_a_copy
+else
+  missing kernels 'the bundle has no kernels-test'
 fi
-step rates 90 "${runner[@]}" FLEA_KERNELS_REPORT="$out/rates.json" "$here/kernels-test" --ignored rates_beside_a_copy
-step as-called 60 env FLEA_TEST_GPU=0 "$here/gpu-kernels-test" --test-threads 1 sums_of quantised_types packed_weights spans_are
-answer bench-kernels 60 "$flea" bench kernels --gpu 0 --size "${GPU_CHECK_KERNELS:-512MiB}" --json
+if [[ -x $here/gpu-kernels-test ]]; then
+  step as-called 60 env FLEA_TEST_GPU=0 "$here/gpu-kernels-test" --test-threads 1 sums_of quantised_types packed_weights spans_are
+else
+  missing as-called 'the bundle has no gpu-kernels-test'
+fi
+answer bench-kernels 60 "$flea" bench kernels --gpu 0 --size "$kernels_size" --json
 
 # ---- streaming --------------------------------------------------------------------------------------------------
 
@@ -175,21 +201,22 @@ model=$models/model.gguf
 halves=$models/halves.gguf
 coded=$models/halves.fleapack
 step model 240 "$flea" synth -o "$model" --size "$size" --type q8_0
-answer probe 120 "$flea" probe "$models" --json
+read -r -a probe_words <<<"${GPU_CHECK_PROBE:-}"
+answer probe 120 "$flea" probe "$models" --json "${probe_words[@]}"
 stream=("$flea" bench stream "$model" --json)
 into=("${stream[@]}" --gpu 0 --vram 25%)
-answer drive-to-memory 120 "${stream[@]}" --memory 10% --passes 3
+answer drive-to-memory 120 "${stream[@]}" --memory 20% --passes 3
 answer memory-to-vram 120 "${into[@]}" --memory 120% --passes 6
-answer drive-to-vram 120 "${into[@]}" --memory 10% --passes 3
+answer drive-to-vram 120 "${into[@]}" --memory 20% --passes 3
 answer mixed 120 "${into[@]}" --memory 45% --passes 4
 answer mixed-planned 30 "$flea" plan "$model" --vram 25% --memory 45% --json
 answer every-byte 180 "${into[@]}" --memory 45% --passes 1 --verify
 answer gds 60 "$flea" bench gds "$model" --gpu 0 --json
-answer gds-stream 120 "${into[@]}" --reader gds --passes 3 --verify
+answer gds-stream 120 "${stream[@]}" --gpu 0 --vram 40% --reader gds --passes 3 --verify
 step halves 120 "$flea" synth -o "$halves" --size "${GPU_CHECK_HALVES:-2GiB}" --type bf16
 step pack 240 "$flea" pack --compress "$halves" -o "$coded" --force
-answer packed 120 "$flea" bench stream "$coded" --gpu 0 --vram 30% --memory 120% --passes 5 --verify --json
-answer not-packed 120 "$flea" bench stream "$halves" --gpu 0 --vram 30% --memory 120% --passes 5 --json
+answer packed 120 "$flea" bench stream "$coded" --gpu 0 --vram 50% --memory 120% --passes 5 --verify --json
+answer not-packed 120 "$flea" bench stream "$halves" --gpu 0 --vram 50% --memory 120% --passes 5 --json
 
 # ---- ggml-cuda --------------------------------------------------------------------------------------------------
 
@@ -230,16 +257,36 @@ generate() {
   answer "$1" 120 "$flea" run "$model" --gpu 0 --vram "$2" --memory 110% --ggml-cuda "$cuda" -p 'One two three' -n 32 --json
 }
 
-can_run=
-"$flea" run --help 2>/dev/null | grep -q -- --ggml-cuda && can_run=yes
-if [[ -n $nvcc && -n $can_run && -f $here/ggml.tar.gz ]]; then
+# builds NAME SOURCE: whether ggml-cuda can be built here for that step; says why not.
+builds() {
+  local why=
+  if [[ -z $nvcc ]]; then
+    why='nvcc is not installed; it comes with the CUDA toolkit'
+  elif ! command -v cmake >/dev/null; then
+    why='cmake is not installed'
+  elif [[ ! -f $here/$2.tar.gz ]]; then
+    why="the bundle has no $2.tar.gz"
+  else
+    return 0
+  fi
+  missing "$1" "$why"
+  return 1
+}
+
+# No pipe into grep -q, which may end before the program does.
+can_run=$("$flea" run --help 2>/dev/null || true)
+if [[ $can_run != *--ggml-cuda* ]]; then
+  missing tokens 'this flea is built without the features run and cuda'
+elif builds tokens ggml; then
   compiled ggml-cuda 30 ggml/ggml ggml-cuda
   cuda=$(find "$out/ggml-cuda-build" -name 'libggml-cuda.so*' -type f 2>/dev/null | head -n 1 || true)
   if [[ -n $cuda ]]; then
     for vram in 100 75 50 25; do generate "tokens-$vram" "$vram%"; done
+  else
+    missing tokens 'ggml-cuda was not built: see steps/ggml-cuda.log'
   fi
 fi
-if [[ -n $nvcc && -f $here/llama.cpp.tar.gz ]]; then
+if builds ngl llama.cpp; then
   compiled llama-bench 30 llama.cpp llama-bench
   bench=$(find "$out/llama-bench-build" -name llama-bench -type f 2>/dev/null | head -n 1 || true)
   layers=$("$flea" inspect "$model" --json 2>/dev/null | grep -o '"block_count":[0-9]*' | sed 's/.*://' | head -n 1 || true)
@@ -247,6 +294,8 @@ if [[ -n $nvcc && -f $here/llama.cpp.tar.gz ]]; then
     for part in 75 50 25; do
       step "ngl-$part" 120 "$bench" -m "$model" -p 0 -n 16 -r 2 -ngl $((layers * part / 100)) -o json
     done
+  else
+    missing ngl 'llama-bench was not built, or the model has no layers: see steps/llama-bench.log'
   fi
 fi
 
@@ -260,14 +309,18 @@ verdict() { # verdict STEP
   esac
 }
 
-# same_tokens: whether every share of weights in VRAM gave the text that all of them gave.
+# told NAME: tokens and logits of a step that generates.
+told() { grep -o '"logits_hash":"[^"]*"\|"token_ids":\[[^]]*\]' "$out/results/$1.json" 2>/dev/null || true; }
+
+# same_tokens: whether every share of weights in VRAM gave the tokens, and the very logits, that all of them gave.
+
 same_tokens() {
   local whole vram
-  whole=$(grep -o '"text":"[^"]*"' "$out/results/tokens-100.json" 2>/dev/null || true)
+  whole=$(told tokens-100)
   [[ -n $whole ]] || return 2
   for vram in 75 50 25; do
     passed "tokens-$vram" || return 2
-    [[ $(grep -o '"text":"[^"]*"' "$out/results/tokens-$vram.json") = "$whole" ]] || return 1
+    [[ $(told "tokens-$vram") = "$whole" ]] || return 1
   done
 }
 
@@ -311,7 +364,13 @@ if same_tokens; then tokens=identical; elif (($? == 1)); then tokens=different; 
     printf '%s{"name":"%s","value":%s,"least":%s,"most":%s,"fine":"%s"}' "$separator" "$name" "$value" "$least" "${most:-null}" "$fine"
     separator=,
   done <"$out/figures"
-  printf '],"steps":{'
+  printf '],"not_run":{'
+  separator=
+  while IFS='|' read -r name why; do
+    printf '%s"%s":"%s"' "$separator" "$name" "$why"
+    separator=,
+  done <"$out/not-run"
+  printf '},"steps":{'
   separator=
   for name in "${steps[@]}"; do
     result=null
@@ -337,6 +396,10 @@ if same_tokens; then tokens=identical; elif (($? == 1)); then tokens=different; 
     while IFS='|' read -r name value least most fine; do
       echo "| $name | $value | ${least}${most:+ to $most}$([[ -z $most ]] && echo ' or more') | $fine |"
     done <"$out/figures"
+  fi
+  if [[ -s $out/not-run ]]; then
+    printf '\nNot run on this machine:\n\n'
+    sed 's/^\([^|]*\)|/* \1: /' "$out/not-run"
   fi
   printf '\n| step | ended | what it said |\n|---|---|---|\n'
   for name in "${steps[@]}"; do

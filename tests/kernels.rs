@@ -340,18 +340,20 @@ fn the_runner_for_gpus_says_what_is_missing() {
     }
 }
 
-/// Rates of the kernels beside copies in the same run. FLEA_KERNELS_REPORT: the file for the JSON.
+/// Rates of the kernels beside copies in the same run. FLEA_KERNELS_REPORT: the file for the JSON; FLEA_KERNELS_MIB: what they
+/// work on, a multiple of 4.
 #[test]
 #[ignore = "measures a GPU: scripts/gpu-check.sh"]
 fn rates_beside_a_copy() {
     let device = std::env::var_os("FLEA_KERNELS_ON").expect("FLEA_KERNELS_ON names the runner");
     let report = std::env::var_os("FLEA_KERNELS_REPORT").expect("FLEA_KERNELS_REPORT names a file");
-    let weights = Random(9).weights(128 << 20);
+    let mib = std::env::var("FLEA_KERNELS_MIB").map_or(512, |text| text.parse().expect("MiB"));
+    let weights = Random(9).weights((mib / 4) << 20);
     let directory = tempfile::tempdir().expect("a directory");
     let input = directory.path().join("coded");
     std::fs::write(&input, coded::encode(&weights).expect("weights")).expect("write");
     let ended = Command::new(device)
-        .args(["bandwidth", "512"])
+        .args(["bandwidth", &mib.to_string()])
         .arg(&input)
         .arg((weights.len() / 2).to_string())
         .output()

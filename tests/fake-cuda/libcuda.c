@@ -86,6 +86,7 @@ typedef struct Range { /* reserved addresses, a mapping, or pinned host memory *
 
 typedef struct Event {
   unsigned long issued, done;
+  uint64_t done_ns;
   unsigned uses;
   bool destroyed;
 } Event;
@@ -262,7 +263,10 @@ static void run(Stream *stream, uint64_t now) {
     return;
   }
   if (takes_time) end_work(op);
-  if (op->kind == RECORD && op->event->done < op->serial) op->event->done = op->serial;
+  if (op->kind == RECORD && op->event->done < op->serial) {
+    op->event->done = op->serial;
+    op->event->done_ns = now;
+  }
   stream->head = op->next;
   if (!stream->head) stream->tail = &stream->head;
   if (op->event) event_unused(op->event);
@@ -709,6 +713,15 @@ CUresult cuEventSynchronize(void *raw) {
   unsigned long wanted = event->issued;
   while (event->done < wanted && !broken) pthread_cond_wait(&progress, &lock);
   result = broken;
+  LEAVE();
+}
+
+CUresult cuEventElapsedTime(float *milliseconds, void *from, void *to) {
+  ENTER_CONTEXT();
+  const Event *begun = from, *ended = to;
+  REQUIRE(begun && ended && begun->issued && ended->issued, INVALID_HANDLE);
+  REQUIRE(begun->done >= begun->issued && ended->done >= ended->issued, NOT_READY);
+  *milliseconds = (float)((double)(ended->done_ns - begun->done_ns) / 1e6);
   LEAVE();
 }
 
