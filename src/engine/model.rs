@@ -259,7 +259,7 @@ impl Model {
         let wake = {
             let mut state = running.core.state();
             let last = state.release(layer, thread_id())?;
-            if let (Some(trace), true) = (&running.core.hall.trace, last) {
+            if let (Some(trace), true) = (running.core.hall.trace.get(), last) {
                 trace.released(layer);
             }
             std::mem::take(&mut state.hungry)
@@ -399,7 +399,7 @@ impl Model {
                     self.options.shared.board.clone(),
                 )),
                 changed: Condvar::new(),
-                trace: self.trace.get().cloned(),
+                trace: self.trace.clone(),
             },
             pool: Mutex::new(pool),
             counters: Mutex::new(Counters::default()),

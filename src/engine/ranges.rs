@@ -323,7 +323,7 @@ fn acquire_units(running: &Running, units: &[u32], deadline: Option<Instant>) ->
     } else if let Err(error) = give_back(running, state, units) {
         log::error!("{error}"); // why they did not arrive counts more
     }
-    if let (Some(trace), true) = (&running.core.hall.trace, waits) {
+    if let (Some(trace), true) = (running.core.hall.trace.get(), waits) {
         trace.waited(running.layout.units()[units[0] as usize].layer, begun);
     }
     arrived

@@ -267,7 +267,7 @@ impl Stream<'_> {
                 len_bytes,
                 target: queued.target.wrapping_add(skip_bytes as usize),
             };
-            if let Some(trace) = &self.core.hall.trace {
+            if let Some(trace) = self.core.hall.trace.get() {
                 let len_bytes = len_bytes.min(
                     self.files[fetch.run.shard_index as usize]
                         .len_bytes()
@@ -297,7 +297,7 @@ impl Stream<'_> {
         for completion in &completions {
             let (fetch, request) = (fetch_of(completion.key), completion.key as u32);
             let failed = completion.result.is_err();
-            if let Some(trace) = &self.core.hall.trace {
+            if let Some(trace) = self.core.hall.trace.get() {
                 trace.read_ended(completion.key, failed);
             }
             if !completion.returned {

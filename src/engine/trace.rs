@@ -1,14 +1,14 @@
 //! The trace: what the drive and the host did when, as a file for Perfetto or chrome://tracing.
 //!
-//! Three kinds of lanes: read (a request from submit to completion, one lane per request in flight), wait (a host that
-//! sleeps for a layer) and compute (a lease, from acquire to release). Invariants: nothing here costs anything unless a
+//! Kinds of lanes: read (a request from submit to completion, one lane per request in flight), copy (on a GPU: a piece on its
+//! way over the link), wait (a host that sleeps for a layer) and compute (a lease, from acquire to release). Invariants: nothing here costs anything unless a
 //! trace is asked for (an `Option` that is looked at); events land in memory of a fixed size that is allocated once, the
 //! oldest give way and are counted. Place: beside `reader` and `lease` in
 //! `file -> catalog -> plan -> reader -> pool -> lease -> host`.
 
 use std::collections::BTreeSet;
 use std::io::Write;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -22,16 +22,19 @@ const LANES_MAX: usize = 256;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
     Read,
+    Copy,
     Wait,
     Compute,
 }
 
 impl Kind {
-    const ALL: [Self; 3] = [Self::Read, Self::Wait, Self::Compute];
+    /// Shown also where nothing of the kind happened.
+    const ALWAYS: [Self; 3] = [Self::Read, Self::Wait, Self::Compute];
 
     const fn name(self) -> &'static str {
         match self {
             Self::Read => "read",
+            Self::Copy => "copy",
             Self::Wait => "wait",
             Self::Compute => "compute",
         }
@@ -89,6 +92,10 @@ impl Lanes {
         }
     }
 
+    fn find(&mut self, key: u64) -> Option<&mut Open> {
+        self.0.iter_mut().flatten().find(|open| open.key == key)
+    }
+
     fn holds(&self, key: u64) -> bool {
         self.0.iter().flatten().any(|open| open.key == key)
     }
@@ -110,6 +117,7 @@ struct Inner {
     next: usize,
     dropped_count: u64,
     reads: Lanes,
+    copies: Lanes,
     leases: Lanes,
 }
 
@@ -129,7 +137,17 @@ impl Inner {
 #[derive(Debug)]
 pub struct Trace {
     began: Instant,
-    inner: Mutex<Inner>,
+    inner: Arc<Mutex<Inner>>,
+    /// For a model below another one.
+    below: Option<Below>,
+}
+
+/// What tells the reads of a model below another one from those of its neighbour.
+#[derive(Debug, Clone, Copy)]
+struct Below {
+    key_bits: u64,
+    /// Whether its layers are those of the model above.
+    has_layers: bool,
 }
 
 impl Default for Trace {
@@ -145,15 +163,37 @@ impl Trace {
         let capacity = events_count.max(1);
         Self {
             began: Instant::now(),
-            inner: Mutex::new(Inner {
+            below: None,
+            inner: Arc::new(Mutex::new(Inner {
                 events: Vec::with_capacity(capacity),
                 capacity,
                 next: 0,
                 dropped_count: 0,
                 reads: Lanes(Vec::with_capacity(LANES_MAX)),
+                copies: Lanes(Vec::with_capacity(LANES_MAX)),
                 leases: Lanes(Vec::with_capacity(LANES_MAX)),
+            })),
+        }
+    }
+
+    /// The same trace for a model that reads for this one: its reads are events here, its leases and waits are not, because
+    /// no host has them. `number` tells several from each other; `has_layers`: its layers are those of the model above, else
+    /// they are pages that stay.
+    #[must_use]
+    pub fn below(&self, number: u32, has_layers: bool) -> Self {
+        Self {
+            began: self.began,
+            inner: Arc::clone(&self.inner),
+            below: Some(Below {
+                // Keys have the number of a fetch in their upper half, which is far from using its first bits.
+                key_bits: (u64::from(number) + 1) << 60,
+                has_layers,
             }),
         }
+    }
+
+    fn key(&self, key: u64) -> u64 {
+        key ^ self.below.map_or(0, |below| below.key_bits)
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -171,9 +211,10 @@ impl Trace {
     /// A request for `layer` (`None`: pages that stay) goes to the reader.
     pub fn read_begun(&self, key: u64, layer: Option<u32>, part: Part) {
         let begin_ns = self.now_ns();
+        let has_layers = self.below.is_none_or(|below| below.has_layers);
         self.inner().reads.begin(Open {
-            key,
-            layer,
+            key: self.key(key),
+            layer: layer.filter(|_| has_layers),
             part,
             begin_ns,
         });
@@ -182,14 +223,48 @@ impl Trace {
     /// It came back.
     pub fn read_ended(&self, key: u64, failed: bool) {
         let end_ns = self.now_ns();
+        let key = self.key(key);
         let mut inner = self.inner();
         if let Some((lane, open)) = inner.reads.end(|open| open == key) {
             inner.push(event(Kind::Read, lane, open, failed, end_ns));
         }
     }
 
+    /// The driver was asked to copy `len_bytes` for a piece of `layer` over the link. What is asked for the same piece later
+    /// makes it longer.
+    pub fn copying(&self, key: u64, layer: Option<u32>, len_bytes: u64) {
+        let begin_ns = self.now_ns();
+        let mut inner = self.inner();
+        if let Some(open) = inner.copies.find(key) {
+            open.part.len_bytes += len_bytes;
+            return;
+        }
+        let part = Part {
+            len_bytes,
+            ..Part::default()
+        };
+        inner.copies.begin(Open {
+            key,
+            layer,
+            part,
+            begin_ns,
+        });
+    }
+
+    /// The piece is in VRAM.
+    pub fn copied(&self, key: u64, failed: bool) {
+        let end_ns = self.now_ns();
+        let mut inner = self.inner();
+        if let Some((lane, open)) = inner.copies.end(|open| open == key) {
+            inner.push(event(Kind::Copy, lane, open, failed, end_ns));
+        }
+    }
+
     /// A host has slept for a layer since `begun`.
     pub fn waited(&self, layer: u32, begun: Instant) {
+        if self.below.is_some() {
+            return;
+        }
         let (begin_ns, end_ns) = (self.since_begin(begun), self.now_ns());
         let open = Open {
             key: 0,
@@ -202,6 +277,9 @@ impl Trace {
 
     /// A host's thread got a lease: from now on it computes. Another acquire of the same layer extends that lease.
     pub fn leased(&self, layer: u32, thread: u64) {
+        if self.below.is_some() {
+            return;
+        }
         let begin_ns = self.now_ns();
         let key = thread << 32 | u64::from(layer);
         let mut inner = self.inner();
@@ -218,6 +296,9 @@ impl Trace {
 
     /// It gave the lease back.
     pub fn released(&self, layer: u32) {
+        if self.below.is_some() {
+            return;
+        }
         let end_ns = self.now_ns();
         let mut inner = self.inner();
         if let Some((lane, open)) = inner.leases.end(|open| open as u32 == layer) {
@@ -280,10 +361,10 @@ fn event(kind: Kind, lane: u16, open: Open, failed: bool, end_ns: u64) -> Event 
     }
 }
 
-/// Every kind has a first lane, also when nothing happened there.
+/// Every kind but copies has a first lane, also when nothing happened there.
 fn lane_names(events: &[Event]) -> Vec<Value> {
     let used = events.iter().map(|event| (event.kind, event.lane));
-    let all: BTreeSet<(Kind, u16)> = used.chain(Kind::ALL.map(|kind| (kind, 0))).collect();
+    let all: BTreeSet<(Kind, u16)> = used.chain(Kind::ALWAYS.map(|kind| (kind, 0))).collect();
     let several = |kind: Kind| all.iter().filter(|(other, _)| *other == kind).count() > 1;
     let name = |(kind, lane): (Kind, u16)| {
         if several(kind) {
@@ -308,6 +389,11 @@ fn event_json(event: &Event, label: &str) -> Value {
             "layer": event.layer,
             "shard": event.part.shard_index,
             "offset": event.part.offset_bytes,
+            "bytes": event.part.len_bytes,
+            "failed": event.failed,
+        }),
+        Kind::Copy => json!({
+            "layer": event.layer,
             "bytes": event.part.len_bytes,
             "failed": event.failed,
         }),
@@ -392,6 +478,48 @@ mod tests {
             names,
             ["read 1", "read 2", "wait", "compute 1", "compute 2"]
         );
+    }
+
+    #[test]
+    fn a_model_below_adds_its_reads_alone() {
+        let trace = Trace::new(100);
+        let (one, other) = (trace.below(0, true), trace.below(1, false));
+        // The same keys in both, and the first ends last.
+        one.read_begun(7, Some(2), part(0, 10));
+        other.read_begun(7, Some(5), part(10, 20));
+        other.read_ended(7, false);
+        one.read_ended(7, false);
+        one.leased(2, 1);
+        one.released(2);
+        one.waited(2, Instant::now());
+        trace.copying(7, Some(2), 4);
+        trace.copying(7, Some(2), 5);
+        trace.copying(8, None, 3);
+        trace.copied(7, false);
+        trace.copied(8, true);
+        trace.copied(9, false);
+        let json = written(&trace);
+        let reads: Vec<(&str, u64)> = of_kind(&json, "read")
+            .map(|e| {
+                (
+                    e["name"].as_str().unwrap(),
+                    e["args"]["bytes"].as_u64().unwrap(),
+                )
+            })
+            .collect();
+        assert_eq!(reads, [("blk.2", 10), ("resident", 20)]);
+        let copies: Vec<(&str, u64, bool)> = of_kind(&json, "copy")
+            .map(|e| {
+                (
+                    e["name"].as_str().unwrap(),
+                    e["args"]["bytes"].as_u64().unwrap(),
+                    e["args"]["failed"] == true,
+                )
+            })
+            .collect();
+        assert_eq!(copies, [("blk.2", 9, false), ("resident", 3, true)]);
+        assert_eq!(of_kind(&json, "compute").count(), 0);
+        assert_eq!(of_kind(&json, "wait").count(), 0);
     }
 
     #[test]

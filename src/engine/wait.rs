@@ -7,9 +7,7 @@ use super::leases::thread_id;
 use super::state::{Need, State};
 use super::trace::Trace;
 use crate::error::{Error, ErrorKind, Result};
-#[cfg(feature = "faults")]
-use std::sync::OnceLock;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Where hosts and the stream that serves them meet.
@@ -20,7 +18,7 @@ pub struct Hall {
     /// Signalled when bytes have arrived, or failed to.
     pub changed: Condvar,
     /// Where events go, when somebody wants them.
-    pub trace: Option<Arc<Trace>>,
+    pub trace: OnceLock<Arc<Trace>>,
 }
 
 impl Hall {
@@ -49,7 +47,7 @@ impl Hall {
         } else {
             wait(self, wake, state, asked, timeout)
         };
-        if let (Some(trace), true) = (&self.trace, leased?) {
+        if let (Some(trace), true) = (self.trace.get(), leased?) {
             trace.leased(asked.layer, asked.thread);
         }
         Ok(())
@@ -149,7 +147,7 @@ fn wait(
         timeout.map(|timeout| begun + timeout),
     );
     state.stop_waiting(layer);
-    if let Some(trace) = &hall.trace {
+    if let Some(trace) = hall.trace.get() {
         trace.waited(layer, begun);
     }
     state.count_stall(begun);

@@ -306,7 +306,7 @@ impl Gds {
         }
         file.check_unchanged()?;
         self.context.enter()?;
-        let wanted = len_bytes.min(file.len_bytes().saturating_sub(offset_bytes));
+        let wanted = self.readable(shard_index, offset_bytes, len_bytes);
         let mut done = 0;
         while done < wanted {
             // SAFETY: the handle of an open file; the target has room for all of it and outlives the call.
@@ -330,6 +330,14 @@ impl Gds {
             }
         }
         Ok(wanted)
+    }
+
+    /// Of so many bytes of a file, those before its end.
+    #[must_use]
+    pub fn readable(&self, shard_index: u32, offset_bytes: u64, len_bytes: u64) -> u64 {
+        let file = self.files.get(shard_index as usize);
+        let behind = file.map_or(0, |file| file.len_bytes().saturating_sub(offset_bytes));
+        len_bytes.min(behind)
     }
 
     fn short(&self, file: &ShardFile, at: u64) -> Error {

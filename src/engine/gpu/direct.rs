@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use super::PIECE_BYTES;
+use crate::engine::trace::{Part, Trace};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::ShardFile;
 use crate::io::gds::{Gds, GdsTarget};
@@ -26,11 +27,19 @@ const TARGETS: usize = 2;
 /// A piece, and what is read along because reads are aligned.
 const TARGET_BYTES: u64 = PIECE_BYTES + 2 * PAGE_4K;
 
+/// Where the reads of a task are events, and of what.
+pub(super) struct Traced {
+    pub(super) trace: Arc<Trace>,
+    pub(super) key: u64,
+    pub(super) layer: Option<u32>,
+}
+
 /// Pieces to be read and copied to their places.
 struct Task {
     pieces: Vec<Piece>,
     image_base: u64,
     gate: Option<Arc<Event>>,
+    traced: Option<Traced>,
     reply: SyncSender<Result<Event>>,
 }
 
@@ -98,6 +107,7 @@ impl Direct {
         &self,
         pieces: Vec<Piece>,
         image_base: u64,
+        traced: Option<Traced>,
     ) -> Result<Receiver<Result<Event>>> {
         let (reply, answer) = sync_channel(1);
         let gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner);
@@ -105,6 +115,7 @@ impl Direct {
             pieces,
             image_base,
             gate: gate.clone(),
+            traced,
             reply,
         };
         drop(gate);
@@ -186,7 +197,7 @@ impl Worker {
         for piece in &task.pieces {
             let to = task.image_base + piece.offset_bytes;
             if piece.file.len_bytes > 0 {
-                self.piece(piece, to)?;
+                self.piece(piece, to, task.traced.as_ref())?;
             }
             if piece.padding_bytes > 0 {
                 let behind = to + piece.file.len_bytes;
@@ -196,7 +207,7 @@ impl Worker {
         self.stream.record()
     }
 
-    fn piece(&mut self, piece: &Piece, to: u64) -> Result<()> {
+    fn piece(&mut self, piece: &Piece, to: u64, traced: Option<&Traced>) -> Result<()> {
         self.targets.swap(0, 1);
         let (target, copied) = &mut self.targets[0];
         if let Some(copied) = copied.take() {
@@ -205,7 +216,19 @@ impl Worker {
         let file = &piece.file;
         let begin = file.offset_bytes / PAGE_4K * PAGE_4K;
         let len = (file.end_bytes() - begin).next_multiple_of(PAGE_4K);
-        let got = self.gds.read(file.shard_index, begin, len, target)?;
+        if let Some(traced) = traced {
+            let part = Part {
+                shard_index: file.shard_index,
+                offset_bytes: begin,
+                len_bytes: self.gds.readable(file.shard_index, begin, len),
+            };
+            traced.trace.read_begun(traced.key, traced.layer, part);
+        }
+        let got = self.gds.read(file.shard_index, begin, len, target);
+        if let Some(traced) = traced {
+            traced.trace.read_ended(traced.key, got.is_err());
+        }
+        let got = got?;
         self.bytes_read.fetch_add(got, Ordering::Relaxed);
         let skip = file.offset_bytes - begin;
         if got < skip + file.len_bytes {

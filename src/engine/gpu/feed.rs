@@ -13,7 +13,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use super::direct::{self, Direct};
+use super::direct::{self, Direct, Traced};
 use super::source::{Copied, Source, pieces_between};
 use crate::engine::layout::Layout;
 use crate::engine::state::{Job, Outcome};
@@ -100,6 +100,11 @@ impl Bell {
             .unwrap_or_else(PoisonError::into_inner);
         *rung = false;
     }
+}
+
+/// A piece's key in the trace.
+const fn key_of(fetch: u32, request: u32) -> u64 {
+    (fetch as u64) << 32 | request as u64
 }
 
 /// A piece that was asked for.
@@ -268,12 +273,20 @@ impl Core {
         let pieces = pieces_between(&self.pieces, start, start + len);
         let bytes = pieces.iter().map(|piece| piece.file.len_bytes).sum();
         self.counted.h2d_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.trace_copy(job.fetch, request, bytes);
         if job.slot.is_none() {
             let counter = &self.counted.h2d_resident_bytes;
             counter.fetch_add(bytes, Ordering::Relaxed);
         }
-        let answer = direct.read(pieces, self.pool.base())?;
-        Ok(Arrival::Read(answer))
+        let traced = self.hall.trace.get().map(|trace| Traced {
+            trace: Arc::clone(trace),
+            key: key_of(job.fetch, request),
+            layer: self.layout.fetches[job.fetch as usize].transient_of,
+        });
+        let answer = direct.read(pieces, self.pool.base(), traced);
+        answer
+            .map(Arrival::Read)
+            .inspect_err(|_| self.trace_copied(job.fetch, request, true))
     }
 
     fn issue_copies(&self, job: Job, request: u32) -> Result<Arrival> {
@@ -287,7 +300,9 @@ impl Core {
         let event = pieces_between(&self.pieces, start, start + len)
             .iter()
             .try_for_each(|piece| {
-                bytes += self.copy(&source, layer, piece, (&mut leases, word))?;
+                let more = self.copy(&source, layer, piece, (&mut leases, word))?;
+                self.trace_copy(job.fetch, request, more);
+                bytes += more;
                 Ok(())
             })
             .and_then(|()| source.record(word));
@@ -307,8 +322,22 @@ impl Core {
                 // Copies that were asked for before it went wrong still read the memory below.
                 let _ = source.record(word).and_then(|event| event.wait());
                 source.release(layer, leases);
+                self.trace_copied(job.fetch, request, true);
                 Err(error)
             }
+        }
+    }
+
+    fn trace_copy(&self, fetch: u32, request: u32, bytes: u64) {
+        if let (Some(trace), true) = (self.hall.trace.get(), bytes > 0) {
+            let layer = self.layout.fetches[fetch as usize].transient_of;
+            trace.copying(key_of(fetch, request), layer, bytes);
+        }
+    }
+
+    fn trace_copied(&self, fetch: u32, request: u32, failed: bool) {
+        if let Some(trace) = self.hall.trace.get() {
+            trace.copied(key_of(fetch, request), failed);
         }
     }
 
@@ -384,6 +413,7 @@ impl Core {
         for issued in receiver {
             let (fetch, request) = (issued.fetch, issued.request);
             let done = self.arrived(issued);
+            self.trace_copied(fetch, request, done.is_err());
             self.retired.ring();
             let mut state = self.hall.state();
             let outcome = state.completed(fetch, request, done, true);

@@ -29,6 +29,7 @@ use super::leases::thread_id;
 use super::options::{BudgetSpec, OpenOptions};
 use super::state::{Need, State};
 use super::stats::{BudgetReport, Fallback, Stats};
+use super::trace::Trace;
 use super::wait::{Asked, Hall};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::coded_file::CodedFile;
@@ -160,7 +161,10 @@ impl GpuModel {
             hall: Hall {
                 state: Mutex::new(State::new(Arc::clone(&layout), None)),
                 changed: Condvar::new(),
-                trace: options.trace.clone(),
+                trace: options
+                    .trace
+                    .clone()
+                    .map_or_else(OnceLock::new, OnceLock::from),
             },
             layout,
             pieces: vram.image.pieces.concat(),
@@ -210,6 +214,10 @@ impl GpuModel {
         };
         let core = &self.core;
         let context = core.pool.context();
+        let options = &OpenOptions {
+            trace: core.hall.trace.get().cloned(),
+            ..options.clone()
+        };
         let sources = match &core.direct {
             Some(_) => Sources::default(),
             None => {
@@ -233,6 +241,13 @@ impl GpuModel {
                 core.hall.state().fatal = Some(error.clone());
                 Err(error)
             }
+        }
+    }
+
+    /// Sends events to `trace` from now on: for who opens with a deferred plan. As [`super::Model::trace_into`].
+    pub fn trace_into(&self, trace: Arc<Trace>) {
+        if !self.is_started() {
+            let _ = self.core.hall.trace.set(trace);
         }
     }
 
@@ -386,7 +401,7 @@ impl GpuModel {
         let hungry = {
             let mut state = self.core.hall.state();
             let last = state.release(layer, thread_id())?;
-            if let (Some(trace), true) = (&self.core.hall.trace, last) {
+            if let (Some(trace), true) = (self.core.hall.trace.get(), last) {
                 trace.released(layer);
             }
             std::mem::take(&mut state.hungry)

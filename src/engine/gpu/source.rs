@@ -101,7 +101,7 @@ impl Sources {
                     budget: BudgetSpec::Pool(once_bytes),
                     slots_count: plan_once.slots_count,
                     page_bytes: Some(plan_once.page_bytes),
-                    ..below_options(options)
+                    ..below_options(options, RESIDENT)
                 };
                 let source = Source::open(once, files, options, (context, packed), first_layers)?;
                 source.stage.pinned().pin_all();
@@ -113,7 +113,7 @@ impl Sources {
             _ => {
                 let options = OpenOptions {
                     budget: less(options.budget, once_bytes),
-                    ..below_options(options)
+                    ..below_options(options, STREAMED)
                 };
                 let below = stored(vram.below.clone())?;
                 let source = Source::open(below, files, options, (context, packed), Vec::new())?;
@@ -124,13 +124,20 @@ impl Sources {
     }
 }
 
-/// How a model below is opened: copies go out of memory that does not move, events are those of the model above.
-fn below_options(options: &OpenOptions) -> OpenOptions {
+/// The layers of a model below are those of the model above.
+const STREAMED: (u32, bool) = (0, true);
+/// What is read once, and stays.
+const RESIDENT: (u32, bool) = (1, false);
+
+/// How a model below is opened: copies go out of memory that does not move, waits and leases are events of the model above
+/// alone.
+fn below_options(options: &OpenOptions, (number, has_layers): (u32, bool)) -> OpenOptions {
+    let trace = options.trace.as_ref();
     OpenOptions {
         backing: Backing::Shared,
         defer_plan: false,
         experts: false,
-        trace: None,
+        trace: trace.map(|trace| Arc::new(trace.below(number, has_layers))),
         ..options.clone()
     }
 }

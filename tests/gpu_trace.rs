@@ -1,0 +1,136 @@
+//! `flea bench stream --gpu --trace` on the fake GPU: reads of the drive and copies over the link are events whose bytes are those
+//! that were counted, however the weights come.
+#![cfg(all(feature = "cuda", feature = "cli"))]
+
+mod common;
+#[path = "common/fake_cuda.rs"]
+mod fake_cuda;
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use common::{flea, json, number, output};
+use serde_json::Value;
+
+/// Ten layers of 8 MB, padded in VRAM.
+fn model() -> std::path::PathBuf {
+    let arguments = "--arch llama --layers 10 --embd 768 --ffn 2400 --heads 12 --kv-heads 4 --vocab 3000 --type q8_0";
+    common::synth("cuda", &arguments.split(' ').collect::<Vec<_>>())
+}
+
+/// Walks with a trace; gives what was counted and what was traced.
+fn walk(model: &Path, arguments: &str) -> (Value, Value) {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("trace.json");
+    let mut command = flea();
+    command.args(["bench", "stream"]).arg(model);
+    command.args(["--gpu", "0", "--json", "--trace"]).arg(&path);
+    command.args(arguments.split(' '));
+    fake_cuda::with_gpu(&mut command, &[]);
+    command.env("LD_LIBRARY_PATH", fake_cuda::directory_with_cufile());
+    let answer = json(&mut command);
+    let text = std::fs::read_to_string(&path).expect("a trace");
+    (answer, serde_json::from_str(&text).expect("JSON"))
+}
+
+fn of_kind<'a>(trace: &'a Value, kind: &'a str) -> Vec<&'a Value> {
+    let events = trace["traceEvents"].as_array().expect("events").iter();
+    events.filter(|event| event["cat"] == kind).collect()
+}
+
+fn bytes(events: &[&Value]) -> f64 {
+    events.iter().map(|e| number(&e["args"], "bytes")).sum()
+}
+
+/// Two events of one lane never overlap: viewers could not draw them.
+fn assert_drawable(trace: &Value) {
+    let mut ends = HashMap::new();
+    let events = trace["traceEvents"].as_array().expect("events").iter();
+    for event in events.filter(|event| event["ph"] == "X") {
+        let lane = event["tid"].as_u64().expect("a lane");
+        let (begin, len) = (number(event, "ts"), number(event, "dur"));
+        let last = ends.insert(lane, begin + len);
+        assert!(
+            last.is_none_or(|last: f64| last <= begin + 0.002),
+            "{event}"
+        );
+    }
+}
+
+fn assert_accounts(answer: &Value, trace: &Value, what: &str) {
+    assert_eq!(trace["otherData"]["dropped_events"], 0);
+    assert_drawable(trace);
+    let ahead = number(&answer["vram"], "ring_bytes");
+    let streams =
+        number(&answer["tiers"], "memory_bytes") + number(&answer["tiers"], "drive_bytes");
+    // The trace is written when the model is closed; what it was ahead by then came after the figures were taken.
+    let (copies, reads) = (of_kind(trace, "copy"), of_kind(trace, "read"));
+    let (h2d, read) = (number(answer, "h2d_bytes"), number(answer, "bytes_read"));
+    match streams > 0.0 {
+        true => assert!(
+            (h2d..=h2d + ahead).contains(&bytes(&copies)),
+            "{what}: {} of {h2d}",
+            bytes(&copies)
+        ),
+        // Nothing is read ahead: to the byte.
+        false => assert_eq!((bytes(&copies), bytes(&reads)), (h2d, read), "{what}"),
+    }
+    assert!(
+        (read..=read + 2.0 * ahead).contains(&bytes(&reads)),
+        "{what}: {} of {read}",
+        bytes(&reads)
+    );
+    assert!(!reads.is_empty() && !copies.is_empty());
+    // Closing gives the piece up whose bytes have landed in part.
+    let failed = copies
+        .iter()
+        .filter(|event| event["args"]["failed"] == true);
+    assert!(failed.count() <= 1, "{what}");
+    assert_eq!(
+        of_kind(trace, "compute").len() as f64,
+        number(answer, "acquires")
+    );
+    assert_eq!(
+        of_kind(trace, "wait").len() as f64,
+        number(answer, "stalls")
+    );
+}
+
+#[test]
+fn reads_and_copies_are_those_that_were_counted() {
+    let model = model();
+    for arguments in [
+        "--vram 48MiB --memory 40% --passes 3",
+        "--vram 48MiB --memory 120% --passes 3",
+        "--vram 200MiB --memory 60% --passes 2",
+        "--vram 80MiB --memory 40% --passes 2 --reader gds",
+    ] {
+        let (answer, trace) = walk(&model, arguments);
+        assert_eq!(
+            answer["reader"] == "gds",
+            arguments.contains("gds"),
+            "{answer}"
+        );
+        assert_accounts(&answer, &trace, arguments);
+    }
+}
+
+#[test]
+fn coded_weights_are_traced_as_they_travel() {
+    let arguments = "--arch llama --layers 8 --embd 576 --ffn 1600 --heads 9 --kv-heads 3 --vocab 2000 --type bf16";
+    let original = common::synth("cuda-packed", &arguments.split(' ').collect::<Vec<_>>());
+    let directory = tempfile::tempdir().expect("a directory");
+    let packed = directory.path().join("model.fleapack");
+    let mut command = flea();
+    command.args(["pack", "--compress"]).arg(&original);
+    let said = output(command.arg("-o").arg(&packed));
+    assert!(said.status.success(), "{said:?}");
+    for arguments in [
+        "--vram 64MiB --memory 40% --passes 3",
+        "--vram 200MiB --memory 60% --passes 1",
+    ] {
+        let (answer, trace) = walk(&packed, arguments);
+        assert!(number(&answer, "unpacked_bytes") > 0.0, "{answer}");
+        assert_accounts(&answer, &trace, arguments);
+    }
+}
