@@ -8,7 +8,7 @@ mod common;
 mod fake_cuda;
 
 use std::ffi::{CStr, CString};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use flea::ffi::calls;
 use flea::ffi::types::{FLEA_OPEN_DEFER_PLAN, flea_info, flea_model, flea_open_options};
@@ -34,7 +34,16 @@ fn open(
     gpu_index: u32,
     change: impl FnOnce(&mut flea_open_options),
 ) -> Result<Open, (i32, String)> {
-    let path = CString::new(model().as_os_str().as_encoded_bytes()).expect("no NUL");
+    open_at(&model(), vram, gpu_index, change)
+}
+
+fn open_at(
+    path: &Path,
+    vram: Option<&CStr>,
+    gpu_index: u32,
+    change: impl FnOnce(&mut flea_open_options),
+) -> Result<Open, (i32, String)> {
+    let path = CString::new(path.as_os_str().as_encoded_bytes()).expect("no NUL");
     // SAFETY: all-zero is a valid structure; pointers live over the call.
     unsafe {
         let mut options: flea_open_options = std::mem::zeroed();
@@ -170,8 +179,67 @@ mod on_gpu {
     }
 
     fn bytes_in_file(tensor: &flea_tensor) -> Vec<u8> {
-        let file = std::fs::read(model()).expect("the model");
+        bytes_of(&model(), tensor)
+    }
+
+    fn bytes_of(path: &Path, tensor: &flea_tensor) -> Vec<u8> {
+        let file = std::fs::read(path).expect("the model");
         file[tensor.file_offset as usize..][..tensor.bytes as usize].to_vec()
+    }
+
+    /// Hosts see the original: its offsets, and its bytes under a lease.
+    #[test]
+    fn a_compressed_model_is_its_original() {
+        let _driver = Driver::load();
+        let arguments = "--arch llama --layers 8 --embd 576 --ffn 1600 --heads 9 --kv-heads 3 --vocab 2000 --type bf16";
+        let original = common::synth("cuda-packed", &arguments.split(' ').collect::<Vec<_>>());
+        let directory = tempfile::tempdir().expect("a directory");
+        let packed = directory.path().join("model.fleapack");
+        let mut command = common::flea();
+        command.args(["pack", "--compress"]).arg(&original);
+        let said = common::output(command.arg("-o").arg(&packed));
+        assert!(said.status.success(), "{said:?}");
+        let open = open_at(&packed, Some(c"64MiB"), 0, |_| {}).expect("a model");
+        let plain = open_at(&original, None, 0, |_| {}).expect("its original");
+        let (there, whole) = (info(&open), info(&plain));
+        assert_eq!(there.layer_count, whole.layer_count);
+        assert_eq!(there.tensor_count, whole.tensor_count);
+        let at = |model: &Open, index: u32| {
+            // SAFETY: the model is open; all-zero is a valid structure to be filled.
+            unsafe {
+                let mut tensor: flea_tensor = std::mem::zeroed();
+                tensor.struct_size = size_of::<flea_tensor>() as u32;
+                assert_eq!(
+                    calls::flea_model_tensor_at(model.0, index, &raw mut tensor),
+                    0
+                );
+                tensor
+            }
+        };
+        let mut compared = 0;
+        for index in 0..there.tensor_count {
+            let one = at(&open, index);
+            // SAFETY: a name that lives as long as the model.
+            let other = tensor(&plain, unsafe { CStr::from_ptr(one.name) });
+            assert_eq!(one.file_offset, other.file_offset);
+            assert_eq!((one.layer, one.bytes), (other.layer, other.bytes));
+            if one.layer < 0 {
+                continue;
+            }
+            for layer in one.layer..=one.layer_last {
+                assert_eq!(acquire(&open, layer as u32), 0, "{}", last_error());
+            }
+            // SAFETY: leased memory of the fake GPU, which is mapped in this process.
+            let weights =
+                unsafe { std::slice::from_raw_parts(one.data.cast::<u8>(), one.bytes as usize) };
+            assert!(weights == bytes_of(&original, &other), "tensor {index}");
+            for layer in one.layer..=one.layer_last {
+                // SAFETY: the model is open.
+                assert_eq!(unsafe { calls::flea_release(open.0, layer as u32) }, 0);
+            }
+            compared += 1;
+        }
+        assert!(compared > 40, "{compared}");
     }
 
     #[test]

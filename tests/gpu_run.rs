@@ -199,6 +199,104 @@ fn experts_come_with_their_layer() {
     assert_same(&plain, &whole, "a mixture, and no GPU");
 }
 
+/// A model of halves, and it compressed, in a directory of the test's own.
+fn compressed(directory: &Path) -> (PathBuf, PathBuf) {
+    let arguments = "--arch llama --layers 8 --embd 576 --ffn 1600 --heads 9 --kv-heads 3 --vocab 2000 --type bf16";
+    let original = common::synth("cuda-packed", &arguments.split(' ').collect::<Vec<_>>());
+    let packed = directory.join("model.fleapack");
+    let mut command = flea();
+    command.args(["pack", "--compress"]).arg(&original);
+    let answer = output(command.arg("-o").arg(&packed));
+    assert!(answer.status.success(), "{}", said(&answer));
+    (original, packed)
+}
+
+#[test]
+fn a_compressed_model_gives_the_tokens_of_its_original() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (original, packed) = compressed(directory.path());
+    let plain = json(&mut run(&original, &prompt(), "--no-stream"));
+    for (arguments, what) in [
+        ("--gpu 0 --vram 64MiB --memory 40%", "three tiers"),
+        (
+            "--gpu 0 --vram 64MiB --memory 400%",
+            "the rest in host memory",
+        ),
+        ("--gpu 0 --vram 400%", "all in VRAM"),
+    ] {
+        let whole = json(&mut on_gpu(&original, arguments, &GPU));
+        assert_same(&plain, &whole, what);
+        assert_eq!(number(&whole["gpu"], "unpacked_bytes"), 0.0, "{whole}");
+        let coded = json(&mut on_gpu(&packed, arguments, &GPU));
+        assert_same(&plain, &coded, what);
+        let gpu = &coded["gpu"];
+        let (link, weights) = (
+            number(gpu, "link_bytes_per_pass"),
+            number(gpu, "link_weights_bytes_per_pass"),
+        );
+        let (resident, unpacked) = (
+            number(gpu, "vram_resident_bytes"),
+            number(gpu, "unpacked_bytes"),
+        );
+        // 3 ubatches and 11 tokens are 14 passes, and nearly all of a model of halves is coded.
+        let arrived = resident.min(number(&coded, "model_bytes")) + 14.0 * weights;
+        assert!(unpacked >= 0.8 * arrived, "{what}: {coded}");
+        let h2d = number(gpu, "h2d_bytes");
+        assert!(h2d < 0.75 * (resident + 15.0 * weights), "{what}: {coded}");
+        match what {
+            "all in VRAM" => assert!(link == 0.0 && weights == 0.0, "{coded}"),
+            _ => assert!(link > 0.0 && link < 0.75 * weights, "{what}: {coded}"),
+        }
+    }
+}
+
+/// Events of one kind, and the bytes they tell of.
+fn traced(trace: &Value, kind: &str) -> (usize, f64) {
+    let events = trace["traceEvents"].as_array().expect("events");
+    let of_kind: Vec<&Value> = events.iter().filter(|event| event["cat"] == kind).collect();
+    let bytes = of_kind
+        .iter()
+        .filter_map(|event| event["args"]["bytes"].as_f64());
+    (of_kind.len(), bytes.sum())
+}
+
+#[test]
+fn a_trace_shows_drive_link_waits_and_computing() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("trace.json");
+    let streaming = format!(
+        "--gpu 0 --vram 25% --memory 30% --trace {}",
+        file.to_str().expect("a path")
+    );
+    let answer = json(&mut on_gpu(&model(), &streaming, &GPU));
+    let text = std::fs::read_to_string(&file).expect("a trace");
+    let trace: Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(trace["otherData"]["dropped_events"], 0);
+    let gpu = &answer["gpu"];
+    let ahead = number(gpu, "vram_ring_bytes");
+    // What was ahead of the last token was on its way when the figures were taken, or when the trace was written.
+    let (copies, copied) = traced(&trace, "copy");
+    let h2d = number(gpu, "h2d_bytes");
+    assert!(
+        copies > 14 && (h2d - ahead..=h2d + ahead).contains(&copied) && h2d > 2.0 * ahead,
+        "{copied} of {h2d}: {answer}"
+    );
+    let (reads, read) = traced(&trace, "read");
+    let counted = number(&answer, "bytes_read");
+    assert!(
+        reads > 14 && (counted - ahead..=counted + ahead).contains(&read),
+        "{read} of {counted}: {answer}"
+    );
+    let (leases, _) = traced(&trace, "compute");
+    assert_eq!(leases as f64, number(&answer, "acquires"), "{answer}");
+    assert!(traced(&trace, "wait").0 > 0, "{text}");
+    let events = trace["traceEvents"].as_array().expect("events");
+    for named in ["resident", "blk.3"] {
+        let has = |event: &&Value| event["cat"] == "copy" && event["name"] == named;
+        assert!(events.iter().any(|event| has(&event)), "no copy of {named}");
+    }
+}
+
 /// The library of another ggml: known by its version, before anything of it is called.
 fn another_ggml() -> PathBuf {
     let source =

@@ -129,7 +129,7 @@ impl Handle {
             dims: tensor.dims,
             shape: tensor.shape,
             bytes: tensor.extent.len_bytes,
-            file_offset: tensor.extent.offset_bytes,
+            file_offset: self.model.file_offset(tensor.extent.offset_bytes),
             shard: tensor.extent.shard_index,
             data: match span.is_some() || self.model.row_bytes(index).is_some() {
                 true => self

@@ -252,6 +252,13 @@ impl CodedFile {
         Some((index, &self.parts[index]))
     }
 
+    /// Where a byte of a part is in the original.
+    #[must_use]
+    pub fn original(&self, offset_bytes: u64) -> Option<u64> {
+        let (_, part) = self.part_at(offset_bytes)?;
+        Some(part.part.offset_bytes + (offset_bytes - part.offset_bytes))
+    }
+
     /// Where weights lie in the compressed file.
     ///
     /// # Errors

@@ -82,8 +82,10 @@ pub struct GpuFigures {
     pub vram_resident_bytes: u64,
     /// All slots there.
     pub vram_ring_bytes: u64,
-    /// What comes over the link in each pass.
+    /// What comes over the link in each pass; of a compressed model known exactly once host memory is planned.
     pub link_bytes_per_pass: u64,
+    /// The weights in it: more, where they come compressed.
+    pub link_weights_bytes_per_pass: u64,
 }
 
 /// What has come over the link so far.
@@ -99,6 +101,8 @@ pub struct LinkCounters {
     pub copies: u64,
     /// Host memory that is pinned.
     pub pinned_bytes: u64,
+    /// Weights that came compressed and were unpacked on the GPU.
+    pub unpacked_bytes: u64,
 }
 
 /// An open model.
@@ -157,16 +161,7 @@ impl Opened {
                 count => count,
             },
         };
-        let model = GpuModel::open(path, &gpu, options)?;
-        if model.packed().is_some() {
-            let context = format!(
-                "{}: a compressed model goes into VRAM by `flea bench stream` alone; hosts take the GGUF that flea pack --decompress gives \
-                 back",
-                path.display()
-            );
-            return Err(Error::new(ErrorKind::Unsupported, context));
-        }
-        Ok(Self::Gpu(Box::new(model)))
+        Ok(Self::Gpu(Box::new(GpuModel::open(path, &gpu, options)?)))
     }
 
     /// Opens `path` with weights on a GPU.
@@ -197,7 +192,8 @@ impl Opened {
                     vram_budget_bytes: vram.plan.weight_budget_bytes,
                     vram_resident_bytes: vram.plan.resident_bytes,
                     vram_ring_bytes: vram.plan.ring_bytes,
-                    link_bytes_per_pass: vram.link_bytes_per_pass(),
+                    link_bytes_per_pass: model.link_bytes_per_pass(),
+                    link_weights_bytes_per_pass: vram.link_bytes_per_pass(),
                 })
             }
         }
@@ -217,6 +213,7 @@ impl Opened {
                     h2d_resident_bytes: stats.h2d_resident_bytes,
                     copies: stats.copies,
                     pinned_bytes: stats.pinned_bytes,
+                    unpacked_bytes: stats.unpacked_bytes,
                 }
             }
         }
@@ -240,6 +237,19 @@ impl Opened {
             Self::Daemon(model) => model.catalog(),
             #[cfg(feature = "cuda")]
             Self::Gpu(model) => model.catalog(),
+        }
+    }
+
+    /// Where a byte of the catalog is in the GGUF file, of which a compressed model on a GPU has the weights in another order.
+    #[must_use]
+    pub fn file_offset(&self, offset_bytes: u64) -> u64 {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Gpu(model) => model
+                .packed()
+                .and_then(|packed| packed.original(offset_bytes))
+                .unwrap_or(offset_bytes),
+            _ => offset_bytes,
         }
     }
 
@@ -307,13 +317,13 @@ impl Opened {
         }
     }
 
-    /// See [`Model::trace_into`]. The daemon traces nothing for its clients, and a GPU what it was opened with: false.
+    /// See [`Model::trace_into`]. The daemon traces nothing for its clients: false.
     pub fn trace_into(&self, trace: Arc<Trace>) -> bool {
         match self {
             Self::Local(model) => model.trace_into(trace),
             Self::Daemon(_) => return false,
             #[cfg(feature = "cuda")]
-            Self::Gpu(_) => return false,
+            Self::Gpu(model) => model.trace_into(trace),
         }
         true
     }

@@ -14,7 +14,7 @@ use crate::units::MemorySpec;
 pub struct GpuArgs {
     /// Compute on this NVIDIA GPU, from 0, with weights streamed into its memory; --memory is then what keeps the rest
     #[arg(long, value_name = "N", requires = "vram",
-        conflicts_with_all = ["no_stream", "daemon", "trace", "kv_disk", "backing", "expert_prefetch"])]
+        conflicts_with_all = ["no_stream", "daemon", "kv_disk", "backing", "expert_prefetch"])]
     gpu: Option<u32>,
 
     /// What weights may take of the GPU's memory: 8GiB, or of the model, 25%. KV cache and computing come on top
@@ -60,11 +60,13 @@ pub struct GpuAnswer {
     vram_resident_bytes: u64,
     vram_ring_bytes: u64,
     link_bytes_per_pass: u64,
+    link_weights_bytes_per_pass: u64,
     h2d_bytes: u64,
     h2d_pinned_bytes: u64,
     h2d_resident_bytes: u64,
     copies: u64,
     pinned_bytes: u64,
+    unpacked_bytes: u64,
     releases_behind_gpu: u64,
 }
 
@@ -76,11 +78,13 @@ impl From<&GpuFigures> for GpuAnswer {
             vram_resident_bytes: figures.plan.vram_resident_bytes,
             vram_ring_bytes: figures.plan.vram_ring_bytes,
             link_bytes_per_pass: figures.plan.link_bytes_per_pass,
+            link_weights_bytes_per_pass: figures.plan.link_weights_bytes_per_pass,
             h2d_bytes: figures.link.h2d_bytes,
             h2d_pinned_bytes: figures.link.h2d_pinned_bytes,
             h2d_resident_bytes: figures.link.h2d_resident_bytes,
             copies: figures.link.copies,
             pinned_bytes: figures.link.pinned_bytes,
+            unpacked_bytes: figures.link.unpacked_bytes,
             releases_behind_gpu: figures.releases_behind_gpu,
         }
     }
@@ -88,7 +92,7 @@ impl From<&GpuFigures> for GpuAnswer {
 
 /// What the last line on stderr says of it.
 pub fn summary(gpu: &GpuFigures) -> String {
-    let planned_bytes = gpu.plan.vram_resident_bytes + gpu.plan.link_bytes_per_pass;
+    let planned_bytes = gpu.plan.vram_resident_bytes + gpu.plan.link_weights_bytes_per_pass;
     let share = gpu.plan.vram_resident_bytes as f64 / (planned_bytes.max(1)) as f64;
     format!(
         ", {:.0} % in VRAM, {:.2} GB over the link",
