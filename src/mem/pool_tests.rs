@@ -229,6 +229,14 @@ fn slots_lie_ready_for_the_first_pass_and_make_way_for_another() {
     let mut pool = Pool::new(Arc::clone(&windows), &plan, Backing::Private, &options).unwrap();
     let place = |layer: usize| window_address(&windows, &plan, &run_of(&plan, layer));
     let ready = |layer: usize| writable(place(layer));
+    // Before anything was read into them they show zeros, all the way; the others fault.
+    for layer in [0, 1] {
+        assert!(readable(place(layer)));
+        // SAFETY: a place of one page that the kernel could read just now.
+        let bytes = unsafe { std::slice::from_raw_parts(place(layer), PAGE_2M as usize) };
+        assert!(bytes.iter().all(|byte| *byte == 0), "layer {layer}");
+    }
+    assert_eq!([2, 3].map(|layer| readable(place(layer))), [false, false]);
     assert_eq!([0, 1, 2, 3].map(ready), [true, true, false, false]);
     // The other slot, the other layer, and one that nothing was laid out for: each is where it was aimed, and only there.
     pool.aim(1, &run_of(&plan, 0)).unwrap();

@@ -11,6 +11,7 @@
  *   FAKE_CUFILE=wrong         the second half of what is read is another place's
  *   FAKE_CUFILE=refuse        opening the driver fails
  *   FAKE_CUFILE_FAIL_AFTER=N  the N-th read of a process and all later ones fail with EIO
+ *   FAKE_CUFILE_FAIL_AT=N     every read that byte N of a file is part of fails with EIO
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -98,6 +99,12 @@ ssize_t cuFileRead(void *handle, void *base, size_t len, off_t offset, off_t tar
   if (!is_open || offset % PAGE != 0 || len % PAGE != 0 || target_offset % PAGE != 0) return -INVALID_VALUE;
   const char *fail_after = getenv("FAKE_CUFILE_FAIL_AFTER");
   if (fail_after && atomic_fetch_add(&reads_count, 1) + 1 >= strtoul(fail_after, NULL, 10)) {
+    errno = EIO;
+    return -1;
+  }
+  const char *fail_at = getenv("FAKE_CUFILE_FAIL_AT");
+  const off_t bad = fail_at ? (off_t)strtoull(fail_at, NULL, 10) : -1;
+  if (fail_at && offset <= bad && bad < offset + (off_t)len) {
     errno = EIO;
     return -1;
   }

@@ -241,3 +241,37 @@ impl Worker {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mem::cuda::VramArea;
+    use crate::mem::cuda::testing::fake_gpu;
+
+    /// A fetch that is tried again has told its readers the first time: what is copied then still waits for them.
+    #[test]
+    fn a_gate_without_events_of_its_own_is_behind_the_one_before() {
+        let context = fake_gpu();
+        let direct = Direct {
+            tasks: None,
+            threads: Vec::new(),
+            gates: Stream::new(&context).unwrap(),
+            gate: Mutex::new(None),
+            bytes_read: Arc::default(),
+        };
+        let area = VramArea::new(&context, PAGE_4K).unwrap();
+        let reader = Stream::new(&context).unwrap();
+        // Each takes the fake GPU 0.2 ms at least.
+        for _ in 0..500 {
+            let span = area.span(0, PAGE_4K).unwrap();
+            reader.zero(span.at(), PAGE_4K as usize).unwrap();
+        }
+        let (told, done) = (reader.record().unwrap(), reader.record().unwrap());
+        direct.close_gate(&[told]).unwrap();
+        direct.close_gate(&[]).unwrap();
+        let gate = direct.gate.lock().unwrap().clone().expect("a gate");
+        assert!(!done.is_done().unwrap(), "the reader was too fast to tell");
+        gate.wait().unwrap();
+        assert!(done.is_done().unwrap(), "the gate opened under a reader");
+    }
+}
