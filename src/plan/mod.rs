@@ -21,6 +21,7 @@ pub mod predict;
 mod residency;
 mod ring;
 pub mod rows;
+pub mod spread;
 pub mod tiers;
 
 #[cfg(test)]
