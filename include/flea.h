@@ -174,6 +174,10 @@ typedef struct flea_open_options {
   uint32_t gpu_index;
   // Slots of the ring in its memory, 2 to 64; 0 = 3.
   uint32_t vram_slots_count;
+  // Several GPUs by their numbers, "0,1", each of which has a run of the layers, in this order; NULL = gpu_index alone, which
+  // is 0 where this is given. `vram` is then for each of them, or says one size for each: "8GiB,4GiB". The layers are divided
+  // in that proportion. Read during the call only.
+  const char *gpus;
 } flea_open_options;
 
 // An open model. Only ever used through a pointer.
@@ -232,11 +236,42 @@ typedef struct flea_info {
   uint64_t vram_ring_bytes;
   // Bytes that come over the link (PCIe) in each pass, from host memory and drive together.
   uint64_t link_bytes_per_pass;
-  // Which GPU; 0 also where there is none: see vram_budget_bytes.
+  // Which GPU; 0 also where there is none: see vram_budget_bytes. With several the first of them, and the figures of its memory
+  // and link are those of all together: flea_model_gpu tells them apart.
   uint32_t gpu_index;
-  // 0.
-  uint32_t reserved;
+  // How many GPUs the layers are on; 0 where weights are in host memory, and from a libflea that knew only one.
+  uint32_t gpu_count;
 } flea_info;
+
+// One GPU of a model.
+typedef struct flea_gpu {
+  // sizeof(flea_gpu), set by the caller.
+  uint32_t struct_size;
+  // Which GPU, as the CUDA driver counts them.
+  uint32_t gpu_index;
+  // Its first layer.
+  uint32_t first_layer;
+  // How many it has, one behind the other.
+  uint32_t layer_count;
+  // What weights may take of its memory, in bytes.
+  uint64_t vram_budget_bytes;
+  // Weights that stay there, in bytes.
+  uint64_t vram_resident_bytes;
+  // All slots there, in bytes.
+  uint64_t vram_ring_bytes;
+  // Bytes that come over its link in each pass.
+  uint64_t link_bytes_per_pass;
+  // Bytes copied into its memory so far.
+  uint64_t h2d_bytes;
+  // Of those: out of pinned memory.
+  uint64_t h2d_pinned_bytes;
+  // Of those: into pages that stay there, once.
+  uint64_t h2d_resident_bytes;
+  // Copies they took.
+  uint64_t h2d_copies;
+  // Host memory that is pinned for it, in bytes.
+  uint64_t pinned_bytes;
+} flea_gpu;
 
 // One tensor of a model.
 typedef struct flea_tensor {
@@ -268,6 +303,11 @@ typedef struct flea_tensor {
   const void *data;
   // Its name. Lives as long as the model.
   const char *name;
+  // The GPU that it is on, as flea_open_options names it: the one whose address `data` is, and whose events
+  // flea_release_after takes for its layer. -1 where `layer` is -1, and in host memory.
+  int32_t gpu_index;
+  // 0.
+  uint32_t reserved;
 } flea_tensor;
 
 // A range of a model's addresses.
@@ -395,6 +435,14 @@ void flea_model_close(struct flea_model *model);
 // Threads: any. Returns FLEA_OK or INVALID.
 int32_t flea_model_info(const struct flea_model *model, struct flea_info *out);
 
+// Describes one of the GPUs that the layers are on, by its place among them (0 to flea_info.gpu_count - 1), which is that of its
+// layers. Set out->struct_size first.
+//
+// Threads: any. Returns FLEA_OK, NOTFOUND or INVALID.
+int32_t flea_model_gpu(const struct flea_model *model,
+                       uint32_t place,
+                       struct flea_gpu *out);
+
 // Finds a tensor by name. Set out->struct_size first.
 //
 // Threads: any. Returns FLEA_OK, NOTFOUND or INVALID.
@@ -436,8 +484,8 @@ int32_t flea_release(struct flea_model *model,
 // Gives back one lease of a layer that a GPU still reads: its bytes change only when everything is done that `cuda_event`
 // stands for. The host does not wait, and may record the event anew at once.
 //
-// `cuda_event`: a `CUevent` or `cudaEvent_t` of flea_open_options.gpu_index, recorded behind the last kernel that reads the
-// layer. A captured CUDA graph that reads the layer must be launched anew under each lease; its addresses stay as they are.
+// `cuda_event`: a `CUevent` or `cudaEvent_t` of the GPU that has the layer (flea_tensor.gpu_index), recorded behind the last kernel
+// that reads it. A captured CUDA graph that reads the layer must be launched anew under each lease; its addresses stay as they are.
 // Threads: any, also another than the acquire's. Returns FLEA_OK or: INVALID (the layer is not acquired, or the model is not on
 // a GPU: use flea_release there), IO (the GPU is lost).
 int32_t flea_release_after(struct flea_model *model,

@@ -125,6 +125,8 @@ const GPU: [(&str, &str); 2] = [
     ("FAKE_CUDA_READ_US", "100"),
 ];
 
+const TWO: [(&str, &str); 3] = [GPU[0], GPU[1], ("FAKE_CUDA_DEVICES", "2")];
+
 #[test]
 fn streamed_tokens_are_those_of_all_layers_in_vram() {
     let model = model();
@@ -182,6 +184,64 @@ fn streamed_tokens_are_those_of_all_layers_in_vram() {
             number(&streamed, "bytes_read") >= number(gpu, "h2d_resident_bytes") + 13.0 * passes,
             "{what}: {streamed}"
         );
+    }
+}
+
+/// On several GPUs each computes its layers, in its own memory: the same tokens as on one, and as on none.
+#[test]
+fn layers_over_two_gpus_give_the_same_tokens() {
+    let two = [GPU[0], GPU[1], ("FAKE_CUDA_DEVICES", "3")];
+    for (model, what) in [(model(), "dense"), (mixture(), "experts")] {
+        let plain = json(&mut run(&model, &prompt(), "--no-stream"));
+        for (arguments, count, streams) in [
+            ("--gpu 0 --vram 400%", 1, false),
+            ("--gpu 0,1 --vram 400%", 2, false),
+            ("--gpu 0,1 --vram 25% --memory 400%", 2, true),
+            ("--gpu 1,0 --vram 25%,50% --memory 50%", 2, true),
+            ("--gpu 0,2,1 --vram 30% --memory 400%", 3, true),
+            ("--gpu 0,1 --vram 50% --memory 100%", 2, false),
+        ] {
+            // A GPU's pages are too long for a few of its layers to be streamed.
+            if streams && what == "experts" {
+                continue;
+            }
+            let what = format!("{what}: {arguments}");
+            let answer = json(&mut on_gpu(&model, arguments, &two));
+            assert_same(&plain, &answer, &what);
+            let gpu = &answer["gpu"];
+            let each = gpu["each"].as_array().expect("GPUs");
+            assert_eq!(each.len(), count, "{what}");
+            for field in [
+                "vram_resident_bytes",
+                "link_bytes_per_pass",
+                "h2d_bytes",
+                "layer_count",
+            ] {
+                let sum: f64 = each.iter().map(|gpu| number(gpu, field)).sum();
+                assert_eq!(number(gpu, field), sum, "{what}: {answer}");
+            }
+            let mut layer = 0.0;
+            for gpu in each {
+                assert_eq!(number(gpu, "first_layer"), layer, "{what}: {answer}");
+                layer += number(gpu, "layer_count");
+                assert!(
+                    number(gpu, "layer_count") > 0.0 && number(gpu, "h2d_bytes") > 0.0,
+                    "{what}: {answer}"
+                );
+                let link = number(gpu, "link_bytes_per_pass");
+                let streamed = number(gpu, "h2d_bytes") - number(gpu, "h2d_resident_bytes");
+                assert!(!streams || link > 0.0, "{what}: {answer}");
+                // 14 passes, and what was read ahead of one more; of few layers one may have a slot to itself.
+                assert!(
+                    (11.0 * link..=15.0 * link).contains(&streamed),
+                    "{what}: {answer}"
+                );
+            }
+            assert_eq!(
+                gpu["releases_behind_gpu"], answer["acquires"],
+                "{what}: {answer}"
+            );
+        }
     }
 }
 
@@ -355,6 +415,40 @@ fn what_cannot_work_says_so_before_a_weight_is_read() {
             output(&mut on_gpu(&model, "--gpu 1 --vram 25%", &GPU)),
             1,
             "GPU 1 does not exist",
+        ),
+        (
+            "the second of two GPUs is not there",
+            output(&mut on_gpu(&model, "--gpu 0,1 --vram 25%", &GPU)),
+            1,
+            "GPU 1 does not exist",
+        ),
+        (
+            "a GPU twice",
+            output(&mut on_gpu(&model, "--gpu 0,0 --vram 25%", &GPU)),
+            2,
+            "GPU 0 is named twice",
+        ),
+        (
+            "more sizes than GPUs",
+            output(&mut on_gpu(&model, "--gpu 0,1 --vram 25%,25%,25%", &TWO)),
+            2,
+            "3 sizes of VRAM for 2 GPUs",
+        ),
+        (
+            "too little on the second GPU",
+            output(&mut on_gpu(&model, "--gpu 0,1 --vram 50%,1MiB", &TWO)),
+            4,
+            "GPU 1: VRAM:",
+        ),
+        (
+            "little memory below two GPUs",
+            output(&mut on_gpu(
+                &model,
+                "--gpu 0,1 --vram 25% --memory 0.1%",
+                &TWO,
+            )),
+            4,
+            "the smallest total that works",
         ),
         (
             "too little asked for",

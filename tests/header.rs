@@ -76,6 +76,7 @@ fn the_header_has_these_calls_and_no_others() {
         "flea_last_error",
         "flea_layer_of",
         "flea_model_close",
+        "flea_model_gpu",
         "flea_model_info",
         "flea_model_open",
         "flea_model_tensor",

@@ -13,6 +13,7 @@
 // whose checks it then passes like any other.
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstring>
 #include <set>
@@ -41,6 +42,7 @@ struct Memory {
     uint64_t placed_bytes = 0;   // reserved for weights that stand in a window: never touched
     Model * model = nullptr;     // whose weights are placed here
     ggml_backend_buffer_t buffer = nullptr;
+    int place = -1;              // of its device; -1: memory of the host
     // On a GPU: buffers of ggml-cuda. The first knows the way to its memory; the others hold tensors that are not streamed.
     std::vector<ggml_backend_buffer_t> beside;
     bool has_kv = false;         // keys and values whose place is elsewhere
@@ -137,7 +139,7 @@ ggml_status place_kv(Memory & memory, ggml_tensor * tensor) {
 
 // A tensor that is not streamed, in memory of the GPU that ggml-cuda allocates.
 ggml_status place_beside(Memory & memory, ggml_tensor * tensor) {
-    const Gpu * on = gpu();
+    const Gpu * on = gpu(memory.place);
     const bool writable = !loader_skips_streamed();  // else the loader would write there as if it were host memory
     ggml_backend_buffer_t beside = nullptr;
     if (on && writable) { beside = ggml_backend_buft_alloc_buffer(on->buft, ggml_backend_buft_get_alloc_size(on->buft, tensor)); }
@@ -154,6 +156,16 @@ ggml_status place_unstreamed(Memory & memory, ggml_tensor * tensor) {
     return memory.beside.empty() ? GGML_STATUS_SUCCESS : place_beside(memory, tensor);
 }
 
+// llama.cpp has divided the layers over the devices in another way than flea over their GPUs.
+ggml_status misplaced(const Memory & memory, const ggml_tensor * tensor, const Weight * weight) {
+    std::string splits;
+    for (const double split : weight->model->splits) { splits += (splits.empty() ? "" : ",") + std::to_string(split); }
+    fail(FLEA_E_INVALID, std::string("tensor '") + tensor->name + "' is on the GPU of " + name_of(weight->place) + ", and was placed on " +
+                             name_of(memory.place) + ": give llama.cpp all of flea's devices in their order (--device), all layers (-ngl 99), "
+                             "and no split of its own, or -ts " + splits);
+    return GGML_STATUS_FAILED;
+}
+
 // Called for weights, and for every compute tensor of every graph: names are looked at first.
 ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor) {
     if (kv_wants(tensor)) { return place_kv(memory_of(buffer), tensor); }
@@ -163,6 +175,7 @@ ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor) {
     switch (find_weight(tensor, &weight)) {
         case Match::streamed:
             if (memory_of(buffer).model && memory_of(buffer).model != weight->model) { break; }
+            if (memory_of(buffer).place != weight->place) { return misplaced(memory_of(buffer), tensor, weight); }
             place(memory_of(buffer), tensor, weight);
             return GGML_STATUS_SUCCESS;
         case Match::kept:
@@ -289,7 +302,7 @@ bool cpy_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * src, ggml_tens
     if (cuda_of(buffer)) { return false; }  // ggml then gets and sets
     const ggml_backend_buffer_t from = src->view_src ? src->view_src->buffer : src->buffer;
     if (weight_of(src) || weight_of(dst) || kv_of(src) || kv_of(dst)) { return false; }
-    if (from->buft != buffer_type() && !ggml_backend_buffer_is_host(from)) { return false; }
+    if (place_of(from->buft) < 0 && !ggml_backend_buffer_is_host(from)) { return false; }
     memcpy(dst->data, src->data, ggml_nbytes(src));
     return true;
 }
@@ -348,16 +361,16 @@ bool is_for_weights(size_t size) {
     return has_streamed && sum == size;
 }
 
-size_t alloc_size(ggml_backend_buffer_type_t, const ggml_tensor * tensor) {
-    const Gpu * on = gpu();
+size_t alloc_size(ggml_backend_buffer_type_t buft, const ggml_tensor * tensor) {
+    const Gpu * on = gpu(place_of(buft));
     if (!on) { return ggml_nbytes(tensor); }
     const size_t bytes = ggml_backend_buft_get_alloc_size(on->buft, tensor);
     note(tensor, GGML_PAD(bytes, ggml_backend_buft_get_alignment(on->buft)));
     return bytes;
 }
 
-size_t alignment(ggml_backend_buffer_type_t) {
-    const Gpu * on = gpu();
+size_t alignment(ggml_backend_buffer_type_t buft) {
+    const Gpu * on = gpu(place_of(buft));
     return on ? ggml_backend_buft_get_alignment(on->buft) : alignment_bytes;
 }
 
@@ -393,15 +406,16 @@ ggml_backend_buffer_t alloc_own(ggml_backend_buffer_type_t buft, size_t size, co
         }
     }
     ggml_backend_buffer_i iface = buffer_interface();
-    if (buft == buffer_type()) { iface.init_tensor = init_tensor; }
+    memory->place = place_of(buft);
+    if (memory->place >= 0) { iface.init_tensor = init_tensor; }
     memory->buffer = ggml_backend_buffer_init(buft, iface, memory.get(), size);
     std::lock_guard<std::mutex> guard(live().mutex);
     return (*live().all.insert(memory.release()).first)->buffer;
 }
 
 ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) {
-    const bool is_device = buft == buffer_type();
-    const Gpu * on = is_device ? gpu() : nullptr;
+    const bool is_device = place_of(buft) >= 0;
+    const Gpu * on = is_device ? gpu(place_of(buft)) : nullptr;
     if (is_device && !on && wants_gpu()) { return nullptr; }
     if (on && !is_for_weights(size)) { return alloc_on(*on, size); }
     // The buffer for weights is made before any plan, so what comes after one is real memory.
@@ -409,37 +423,44 @@ ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t buft, size_t size)
     return alloc_own(buft, size, on);
 }
 
-const char * name_flea(ggml_backend_buffer_type_t) { return "FLEA"; }
+const char * name_flea(ggml_backend_buffer_type_t buft) { return name_of(place_of(buft)); }
 const char * name_host(ggml_backend_buffer_type_t) { return "FLEA_Host"; }
 bool is_host_flea(ggml_backend_buffer_type_t) { return loader_skips_streamed(); }
 bool is_host_always(ggml_backend_buffer_type_t) { return true; }
 
 size_t alignment_host(ggml_backend_buffer_type_t) { return alignment_bytes; }
 
-ggml_backend_buffer_type make_type(const char * (*name)(ggml_backend_buffer_type_t), bool (*is_host)(ggml_backend_buffer_type_t)) {
+ggml_backend_buffer_type make_type(int place, const char * (*name)(ggml_backend_buffer_type_t), bool (*is_host)(ggml_backend_buffer_type_t)) {
     ggml_backend_buffer_type type = {};
     type.iface.get_name      = name;
     type.iface.alloc_buffer  = alloc_buffer;
     type.iface.get_alignment = alignment_host;
     type.iface.is_host       = is_host;
-    type.device              = device();
+    type.device              = device(place);
     return type;
 }
 
 }  // namespace
 
-ggml_backend_buffer_type_t buffer_type() {
-    static ggml_backend_buffer_type type = [] {
-        ggml_backend_buffer_type made = make_type(name_flea, is_host_flea);
-        made.iface.get_alignment  = alignment;
-        made.iface.get_alloc_size = alloc_size;
+ggml_backend_buffer_type_t buffer_type(int place) {
+    static const auto types = [] {
+        std::array<ggml_backend_buffer_type, gpus_max> made;
+        for (int i = 0; i < gpus_max; ++i) {
+            made[(size_t) i] = make_type(i, name_flea, is_host_flea);
+            made[(size_t) i].iface.get_alignment  = alignment;
+            made[(size_t) i].iface.get_alloc_size = alloc_size;
+        }
         return made;
     }();
-    return &type;
+    return const_cast<ggml_backend_buffer_type_t>(&types[(size_t) place]);
+}
+
+int place_of(ggml_backend_buffer_type_t buft) {
+    return buft->iface.get_name == name_flea ? (int) (intptr_t) buft->device->context : -1;
 }
 
 ggml_backend_buffer_type_t host_buffer_type() {
-    static ggml_backend_buffer_type type = make_type(name_host, is_host_always);
+    static ggml_backend_buffer_type type = make_type(0, name_host, is_host_always);
     return &type;
 }
 
@@ -472,7 +493,7 @@ WeightsOnGpu::~WeightsOnGpu() {
     std::lock_guard<std::mutex> guard(live().mutex);
     if (--live().computing > 0) { return; }
     for (const Memory * memory : live().all) {
-        if (!memory->beside.empty()) { memory->buffer->buft = buffer_type(); }
+        if (!memory->beside.empty()) { memory->buffer->buft = buffer_type(memory->place); }
     }
 }
 

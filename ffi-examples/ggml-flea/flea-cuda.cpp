@@ -12,8 +12,13 @@
 // when the lease is held, and given back behind an event that is recorded after the launch. An address of flea stands for one
 // weight as long as the model is open, so a graph that is launched anew reads the bytes that are leased. No graph ever
 // holds two pieces, so none spans the refill of a slot.
+//
+// Several GPUs are several devices, FLEA0, FLEA1, ..., each with the ggml-cuda of its GPU inside. Between them ggml's scheduler copies what
+// one computed and the other needs, as between any two devices.
 
+#include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include <dlfcn.h>
 
@@ -25,9 +30,8 @@ namespace {
 struct State {
     std::mutex mutex;
     bool configured = false;  // the program gave a model: FLEA_VRAM and FLEA_GPU say nothing
-    bool wanted = false;
-    uint32_t index = 0;
-    Gpu gpu;
+    std::vector<uint32_t> wanted;  // the program's, in the order of their layers
+    Gpu gpus[gpus_max];
     bool told = false;
 };
 
@@ -36,9 +40,11 @@ State & state() {
     return *instance;
 }
 
-bool is_wanted(const State & s) { return s.configured ? s.wanted : !environment().vram.empty(); }
-
-uint32_t index_of(const State & s) { return s.configured ? s.index : environment().gpu_index; }
+// Which GPUs; none where weights are in host memory.
+const std::vector<uint32_t> & wanted(const State & s) {
+    static const std::vector<uint32_t> none;
+    return s.configured ? s.wanted : environment().vram.empty() ? none : environment().gpus;
+}
 
 // Messages of a library with a logger of its own: errors are heard, the rest is for who debugs.
 void take_log(enum ggml_log_level level, const char * text, void *) {
@@ -106,33 +112,42 @@ int32_t find(uint32_t index, const char * file, Gpu & gpu, std::string & error) 
 
 }  // namespace
 
-void gpu_configure(const flea_info * info) {
+void gpu_configure(const Model * model) {
     State & s = state();
     std::lock_guard<std::mutex> guard(s.mutex);
-    s.configured = info != nullptr;
-    s.wanted = info && info->vram_budget_bytes > 0;
-    s.index = s.wanted ? info->gpu_index : 0;
-    s.gpu = {};
+    s.configured = model != nullptr;
+    s.wanted.clear();
+    if (model) {
+        for (const flea_gpu & gpu : model->gpus) { s.wanted.push_back(gpu.gpu_index); }
+    }
+    std::fill(std::begin(s.gpus), std::end(s.gpus), Gpu());
     s.told = false;
 }
 
 bool wants_gpu() {
     State & s = state();
     std::lock_guard<std::mutex> guard(s.mutex);
-    return is_wanted(s);
+    return !wanted(s).empty();
 }
 
-const Gpu * gpu() {
+int places_count() {
+    State & s = state();
+    std::lock_guard<std::mutex> guard(s.mutex);
+    return std::max(1, (int) wanted(s).size());
+}
+
+const Gpu * gpu(int place) {
     State & s = state();
     std::string error;
     int32_t status = FLEA_OK;
     {
         std::lock_guard<std::mutex> guard(s.mutex);
-        if (!is_wanted(s)) { return nullptr; }
-        if (s.gpu.device) { return &s.gpu; }
+        if (place < 0 || place >= (int) wanted(s).size()) { return nullptr; }
+        Gpu & found = s.gpus[place];
+        if (found.device) { return &found; }
         if (s.told) { return nullptr; }
-        status = find(index_of(s), environment().ggml_cuda.c_str(), s.gpu, error);
-        if (status == FLEA_OK) { return &s.gpu; }
+        status = find(wanted(s)[(size_t) place], environment().ggml_cuda.c_str(), found, error);
+        if (status == FLEA_OK) { return &found; }
         s.told = true;
     }
     fail(status, error);

@@ -51,7 +51,8 @@ struct Environment {
     bool experts = true;   // FLEA_EXPERTS=off: experts come with their layer
     std::string endpoint;  // FLEA_ENDPOINT; empty = in this process
     std::string vram;      // FLEA_VRAM; empty = weights in host memory
-    uint32_t gpu_index = 0;  // FLEA_GPU
+    std::vector<uint32_t> gpus;  // FLEA_GPU; the first where FLEA_VRAM alone is set
+    std::string gpu_list;    // the same as flea takes it
     std::string ggml_cuda;   // FLEA_GGML_CUDA; empty = the program has the device
     uint32_t reader = FLEA_READER_AUTO;
     LogLevel log = LogLevel::warn;
@@ -83,6 +84,8 @@ std::set<std::string> open_model_files(const std::function<bool(int)> & is_own);
 
 struct Model;
 
+constexpr int gpus_max = 16;  // llama_max_devices()
+
 // One streamed tensor, as the catalog describes it. Lives as long as its Model.
 struct Weight {
     Model * model = nullptr;
@@ -91,6 +94,7 @@ struct Weight {
     uint64_t rows_per_layer = 0;
     uint64_t bytes = 0;
     void * data = nullptr;
+    int place = 0;         // of its GPU among those that the model is on
     uint32_t experts = 0;  // so many, acquired one by one; 0: comes with its layer
     uint64_t row_bytes = 0;  // of a table whose rows are read as they are looked up; 0: none
     mutable std::atomic<bool> placed { false };  // some tensor of the host stands here
@@ -106,6 +110,9 @@ struct Model {
     bool owned = true;              // opened, and to be closed, by the device
     std::string path;               // first shard
     flea_info info = {};
+    std::vector<flea_gpu> gpus;     // empty: weights are in host memory
+    std::vector<double> splits;     // with several GPUs, how many of llama.cpp's layers each has: see divide
+    std::vector<uint64_t> gpu_bytes;  // and what they have
     uint64_t largest_layer_bytes = 0;
     std::vector<int> advice_fds;    // one per shard, for posix_fadvise on what the host's loader reads
     std::vector<int> own_fds;       // everything flea and we have open of it: in /proc/self/fd, but no sign of a host
@@ -118,7 +125,7 @@ struct Model {
     std::atomic<bool> warned { false };  // that layers are missing
     std::atomic<bool> refused { false };  // that there is no plan; a host tries again with every decode
     std::mutex hint_mutex;
-    std::vector<uint32_t> last_hint;
+    std::vector<uint32_t> last_hint[gpus_max];  // per GPU
 
     Model() = default;
     Model(const Model &) = delete;
@@ -171,6 +178,11 @@ void loaded();           // the host's loader has finished
 flea_model * current_handle();
 // model_bytes and the smallest weight budget (an estimate) of the current model; false when none is known yet.
 bool current_sizes(uint64_t * model_bytes, uint64_t * smallest_bytes);
+// Where a GPU's layers are a part of the current model's: how many llama.cpp counts on each, and their bytes. False: none known, or
+// one device has all.
+bool current_splits(std::vector<double> & splits, std::vector<uint64_t> & bytes);
+// Before any tensor is asked for: the model whose file is open. llama.cpp divides layers over devices first.
+void look_for_model();
 
 // ---- flea-cuda.cpp
 
@@ -181,16 +193,20 @@ struct Gpu {
 };
 
 // What the program's model says; NULL: FLEA_VRAM and FLEA_GPU say it.
-void gpu_configure(const flea_info * info);
+void gpu_configure(const Model * model);
 // Weights shall be in the memory of a GPU.
 bool wants_gpu();
-// NULL where they are in host memory, and where the GPU cannot be had, which has been logged.
-const Gpu * gpu();
+// How many devices FLEA is: one for each GPU, or one.
+int places_count();
+// The GPU at a place among them. NULL where weights are in host memory, and where the GPU cannot be had, which has been logged.
+const Gpu * gpu(int place = 0);
 
 // ---- flea-buffer.cpp
 
-ggml_backend_buffer_type_t buffer_type();
+ggml_backend_buffer_type_t buffer_type(int place);
 ggml_backend_buffer_type_t host_buffer_type();
+// The place of the device whose buffer type it is; -1 for anybody else's.
+int place_of(ggml_backend_buffer_type_t buft);
 
 // The streamed weight behind a tensor (through view_src), or NULL.
 const Weight * weight_of(const ggml_tensor * tensor);
@@ -225,6 +241,7 @@ struct Step {
 
 // State of one ggml backend object (a context of the host has its own).
 struct Stream {
+    int place = 0;                   // of the device
     ggml_backend_t inner = nullptr;  // the CPU or CUDA backend that computes
     ggml_backend_event_t event = nullptr;  // on a GPU: recorded behind each piece
     ggml_threadpool_t threadpool = nullptr;
@@ -244,7 +261,7 @@ struct Stream {
     uint64_t guessed = 0;
     uint64_t guessed_right = 0;
 
-    Stream();
+    explicit Stream(int place);
     ~Stream();
 };
 
@@ -363,10 +380,11 @@ int32_t read_table(const Weight * weight, uint64_t from, uint64_t to, char * dat
 
 // ---- ggml-flea.cpp
 
-ggml_backend_dev_t device();
+ggml_backend_dev_t device(int place);
 ggml_backend_dev_t cpu_device();
 // The device that computes: a GPU or the CPU; NULL when it cannot be had.
-ggml_backend_dev_t inner_device();
+ggml_backend_dev_t inner_device(int place);
+const char * name_of(int place);  // FLEA; FLEA0, FLEA1, ... where there are several
 
 // ---- flea-stats.cpp
 

@@ -53,13 +53,24 @@ bool parse_experts(const std::string & text, std::string & error) {
     return true;
 }
 
-uint32_t parse_gpu(const std::string & text, const std::string & vram, std::string & error) {
-    if (text.empty()) { return 0; }
-    char * end = nullptr;
-    const unsigned long index = strtoul(text.c_str(), &end, 10);
-    if (text[0] < '0' || text[0] > '9' || *end != '\0' || index > 1023) { error = "FLEA_GPU=" + text + ": expected the number of a GPU, from 0"; }
-    else if (vram.empty()) { error = "FLEA_GPU=" + text + " needs FLEA_VRAM: how much of its memory weights may take (8GiB, or 25%)"; }
-    return (uint32_t) index;
+// Numbers of GPUs, each once.
+std::vector<uint32_t> parse_gpus(const std::string & text, const std::string & vram, std::string & error) {
+    std::vector<uint32_t> gpus;
+    for (const char * at = text.c_str(); !text.empty();) {
+        char * end = nullptr;
+        const unsigned long index = strtoul(at, &end, 10);
+        const bool is_number = *at >= '0' && *at <= '9' && (*end == '\0' || *end == ',') && index <= 1023;
+        if (!is_number || std::count(gpus.begin(), gpus.end(), index) > 0 || gpus.size() == (size_t) gpus_max) {
+            error = "FLEA_GPU=" + text + ": expected the number of a GPU, from 0, or of several, each once: 0,1";
+            return { 0 };
+        }
+        gpus.push_back((uint32_t) index);
+        if (*end == '\0') { break; }
+        at = end + 1;
+    }
+    if (gpus.empty()) { return { 0 }; }
+    if (vram.empty()) { error = "FLEA_GPU=" + text + " needs FLEA_VRAM: how much of its memory weights may take (8GiB, or 25%)"; }
+    return gpus;
 }
 
 void warn_unknown(LogLevel level) {
@@ -90,7 +101,8 @@ Environment read_environment() {
     result.experts  = parse_experts(variable("FLEA_EXPERTS"), result.error);
     result.vram      = variable("FLEA_VRAM");
     result.ggml_cuda = variable("FLEA_GGML_CUDA");
-    result.gpu_index = parse_gpu(variable("FLEA_GPU"), result.vram, result.error);
+    result.gpu_list  = variable("FLEA_GPU");
+    result.gpus      = parse_gpus(result.gpu_list, result.vram, result.error);
     warn_unknown(result.log);
     return result;
 }

@@ -77,7 +77,8 @@ std::unique_ptr<Model> open_model(Finder & f, const std::string & first_shard) {
     options.endpoint = env.endpoint.empty() ? nullptr : env.endpoint.c_str();
     options.host_pending_bytes = &pending_bytes;
     options.vram = env.vram.empty() ? nullptr : env.vram.c_str();
-    options.gpu_index = env.gpu_index;
+    options.gpus = env.gpus.size() > 1 ? env.gpu_list.c_str() : nullptr;
+    options.gpu_index = env.gpus.size() > 1 ? 0 : env.gpus[0];
 
     const int32_t status = flea_model_open(first_shard.c_str(), &options, &model->handle);
     if (status != FLEA_OK) {
@@ -317,7 +318,7 @@ int32_t configure(const ggml_flea_config * config) {
         fail(FLEA_E_UNSUPPORTED, "no layers of a language model are in it: nothing to stream");
         return FLEA_E_UNSUPPORTED;
     }
-    gpu_configure(&model->info);
+    gpu_configure(model.get());
     f.config = *config;
     f.current = std::move(model);
     return FLEA_OK;
@@ -351,6 +352,23 @@ bool current_sizes(uint64_t * model_bytes, uint64_t * smallest_bytes) {
     const uint64_t page_bytes = model->info.page_bytes ? model->info.page_bytes : 2u << 20;
     *smallest_bytes = 3 * (model->largest_layer_bytes + page_bytes) + (model->info.layer_count + 1) * page_bytes + model->info.host_tensor_bytes;
     return true;
+}
+
+bool current_splits(std::vector<double> & splits, std::vector<uint64_t> & bytes) {
+    std::lock_guard<std::mutex> guard(finder().mutex);
+    const Model * model = finder().current.get();
+    if (!model || model->splits.empty()) { return false; }
+    splits = model->splits;
+    bytes = model->gpu_bytes;
+    return true;
+}
+
+void look_for_model() {
+    Finder & f = finder();
+    std::lock_guard<std::mutex> guard(f.mutex);
+    if (f.config.model || open_model_files([&](int fd) { return is_own(f, fd); }).size() != 1) { return; }
+    const ggml_tensor nameless = {};  // nobody minds where this file cannot be streamed: a tensor of it will say so
+    choose(f, &nameless, Purpose::trying);
 }
 
 void stats_current() {

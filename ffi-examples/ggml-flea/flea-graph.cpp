@@ -134,13 +134,13 @@ void tell_order(Stream & stream) {
     if (!model) { return; }
     model_before_acquire(model);  // the first hint makes the plan as much as the first acquire would
     std::lock_guard<std::mutex> guard(model->hint_mutex);
-    if (model->last_hint == stream.order) { return; }
+    if (model->last_hint[stream.place] == stream.order) { return; }
     const int32_t status = flea_hint(model->handle, stream.order.data(), stream.order.size());
     if (status != FLEA_OK) {  // costs waits, never wrong bytes
         log_line(LogLevel::debug, "hint: %s", flea_last_error());
         return;
     }
-    model->last_hint = stream.order;
+    model->last_hint[stream.place] = stream.order;
 }
 
 // A graph that ended early leaves the engine in the middle of its order: the next one says it anew.
@@ -148,7 +148,7 @@ void forget_order(const Stream & stream) {
     for (const Step & step : stream.steps) {
         if (!step.model) { continue; }
         std::lock_guard<std::mutex> guard(step.model->hint_mutex);
-        step.model->last_hint.clear();
+        step.model->last_hint[stream.place].clear();
         return;
     }
 }

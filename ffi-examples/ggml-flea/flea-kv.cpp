@@ -101,7 +101,7 @@ bool kv_place(ggml_tensor * tensor) {
 const KvTensor * kv_of(const ggml_tensor * tensor) {
     if (!streamed) { return nullptr; }
     const ggml_tensor * root = tensor->view_src ? tensor->view_src : tensor;
-    if (!root->buffer || root->buffer->buft != buffer_type()) { return nullptr; }
+    if (!root->buffer || place_of(root->buffer->buft) < 0) { return nullptr; }
     Cache & c = cache();
     std::lock_guard<std::mutex> guard(c.mutex);
     const auto entry = c.tensors.find(root->data);

@@ -1,7 +1,9 @@
 // One streamed model: its catalog as the device needs it, and the moments of its life that others have to hear of.
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
+#include <limits>
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -19,6 +21,25 @@ bool ends_with(const char * text, const char * suffix) {
 
 bool starts_with(const char * text, const char * prefix) {
     return strncmp(text, prefix, strlen(prefix)) == 0;
+}
+
+// The number of the block that a tensor belongs to; -1 for none.
+int block_of(const char * name) {
+    int block = -1;
+    return sscanf(name, "blk.%d.", &block) == 1 ? block : -1;
+}
+
+// Places the layers as llama.cpp counts them: block n is n, the head is the number of blocks. It gives unit n to the first device
+// whose sum of shares, as a part of all, is more than n / units: so the sums stand half a unit before the first of the next GPU, where no
+// rounding reaches.
+void divide(Model & model, const std::vector<int> & first_blocks, int blocks_count) {
+    double before = 0;
+    for (size_t i = 0; i < model.gpus.size(); ++i) {
+        const bool is_last = i + 1 == model.gpus.size();
+        const double end = is_last ? blocks_count + 1 : std::min(first_blocks[i + 1], blocks_count) - 0.5;
+        model.splits.push_back(end - before);
+        before = end;
+    }
 }
 
 // Everything of the model's files that is in the page cache and not mapped.
@@ -41,12 +62,22 @@ Model::~Model() {
 bool read_catalog(Model & model) {
     model.info.struct_size = sizeof(model.info);
     if (flea_model_info(model.handle, &model.info) != FLEA_OK) { return false; }
+    for (uint32_t place = 0; place < std::min(model.info.gpu_count, (uint32_t) gpus_max); ++place) {
+        flea_gpu gpu = {};
+        gpu.struct_size = sizeof(gpu);
+        if (flea_model_gpu(model.handle, place, &gpu) != FLEA_OK) { return false; }
+        model.gpus.push_back(gpu);
+    }
+    std::vector<int> first_blocks(model.gpus.size(), std::numeric_limits<int>::max());
+    std::vector<uint64_t> gpu_bytes(model.gpus.size(), 0);
+    int blocks_count = 0;
     std::vector<uint64_t> layer_bytes(model.info.layer_count, 0);
     bool has_base_weights = false;
     for (uint32_t i = 0; i < model.info.tensor_count; ++i) {
         flea_tensor tensor = {};
         tensor.struct_size = sizeof(tensor);
         if (flea_model_tensor_at(model.handle, i, &tensor) != FLEA_OK) { continue; }
+        blocks_count = std::max(blocks_count, block_of(tensor.name) + 1);
         const bool has_rows = (tensor.flags & FLEA_TENSOR_ROWS) && tensor.shape[1] > 0;
         if (tensor.layer < 0 && !has_rows) { continue; }
         if (tensor.layer >= 0) {
@@ -63,10 +94,22 @@ bool read_catalog(Model & model) {
         weight->rows_per_layer = tensor.rows_per_layer;
         weight->bytes = tensor.bytes;
         weight->data = const_cast<void *>(tensor.data);
+        const auto is_on = [&](const flea_gpu & gpu) { return (int64_t) gpu.gpu_index == tensor.gpu_index; };
+        const auto gpu = std::find_if(model.gpus.begin(), model.gpus.end(), is_on);
+        if (gpu != model.gpus.end()) {
+            const size_t place = (size_t) (gpu - model.gpus.begin());
+            weight->place = (int) place;
+            gpu_bytes[place] += tensor.bytes;
+            if (const int block = block_of(tensor.name); block >= 0) { first_blocks[place] = std::min(first_blocks[place], block); }
+        }
         if (has_rows) { weight->row_bytes = tensor.bytes / tensor.shape[1]; }
         if (tensor.flags & FLEA_TENSOR_EXPERTS) { weight->experts = (uint32_t) tensor.shape[2]; }
         model.by_address.emplace(tensor.data, weight.get());
         model.weights.emplace(tensor.name, std::move(weight));
+    }
+    if (model.gpus.size() > 1) {
+        divide(model, first_blocks, blocks_count);
+        model.gpu_bytes = std::move(gpu_bytes);
     }
     for (const uint64_t bytes : layer_bytes) { model.largest_layer_bytes = std::max(model.largest_layer_bytes, bytes); }
     return has_base_weights && std::string(model.info.architecture ? model.info.architecture : "") != "clip";

@@ -149,6 +149,7 @@ std::string json(const Snapshot & s) {
     object.number("expert_bytes_unused", stats.expert_bytes_unused);
     object.number("expert_guesses", counters.expert_guesses);
     object.number("expert_guesses_right", counters.expert_guesses_right);
+    object.number("gpus", info.gpu_count);
     object.number("vram_budget_bytes", info.vram_budget_bytes);
     object.number("vram_resident_bytes", info.vram_resident_bytes);
     object.number("vram_ring_bytes", info.vram_ring_bytes);

@@ -1,10 +1,13 @@
 // The ggml device FLEA: registration, device, backend.
 //
-// One device of type GPU (ACCEL would make llama.cpp switch flash attention off) with one buffer type for weights, KV cache
+// One device, or one for each of several GPUs, of type GPU (ACCEL would make llama.cpp switch flash attention off) with one buffer type for weights, KV cache
 // and compute. It computes with the CPU or CUDA backend the host has already; what it adds is that weights are where they are
 // needed when they are needed. The same source is a plugin (libggml-flea.so through GGML_BACKEND_PATH) and part of `flea`.
 
+#include <algorithm>
+#include <array>
 #include <cstring>
+#include <limits>
 
 #include "flea-device.hpp"
 
@@ -61,7 +64,9 @@ void set_abort_callback(ggml_backend_t backend, ggml_abort_callback callback, vo
 
 // ---- backend
 
-const char * backend_name(ggml_backend_t) { return "FLEA"; }
+int place_of(ggml_backend_dev_t dev) { return (int) (intptr_t) dev->context; }
+
+const char * backend_name(ggml_backend_t backend) { return name_of(place_of(backend->device)); }
 
 void backend_free(ggml_backend_t backend) {
     delete &stream_of(backend);
@@ -86,7 +91,7 @@ ggml_guid_t backend_guid() {
 }
 
 ggml_backend_t device_init(ggml_backend_dev_t dev, const char *) {
-    auto stream = std::make_unique<Stream>();
+    auto stream = std::make_unique<Stream>(place_of(dev));
     if (!stream->inner) {
         if (!wants_gpu()) { fail(FLEA_E_UNSUPPORTED, "this program has no ggml CPU backend to compute with"); }
         return nullptr;
@@ -106,7 +111,7 @@ ggml_backend_t device_init(ggml_backend_dev_t dev, const char *) {
 
 // ---- device
 
-const char * device_name(ggml_backend_dev_t) { return "FLEA"; }
+const char * device_name(ggml_backend_dev_t dev) { return name_of(place_of(dev)); }
 
 const char * device_description(ggml_backend_dev_t) {
     static const std::string text = "weights streamed from NVMe, memory " +
@@ -114,12 +119,38 @@ const char * device_description(ggml_backend_dev_t) {
     return text.c_str();
 }
 
+// What is free on one of several GPUs. llama.cpp divides the layers in this proportion where it is not told otherwise, so it is the
+// one in which flea has divided them; and no GPU has less than it takes, nor more for keys, values and computing than there is.
+bool divided_memory(int place, size_t * free) {
+    look_for_model();
+    std::vector<double> splits;
+    std::vector<uint64_t> bytes;
+    if (!current_splits(splits, bytes) || place >= (int) splits.size()) { return false; }
+    double weights = 0;
+    double rest = std::numeric_limits<double>::max();
+    for (size_t i = 0; i < splits.size(); ++i) {
+        const ggml_backend_dev_t inner = inner_device((int) i);
+        if (!inner) { return false; }
+        size_t inner_free = 0;
+        size_t inner_total = 0;
+        ggml_backend_dev_memory(inner, &inner_free, &inner_total);
+        weights = std::max(weights, ((double) bytes[i] + fit_margin_bytes) / splits[i]);
+        rest = std::min(rest, (double) inner_free / splits[i]);
+    }
+    *free = (size_t) ((weights + rest) * splits[(size_t) place]);
+    return true;
+}
+
 // llama.cpp's "fit" pass keeps all layers here only if the model fits into what is promised, plus its margin, plus KV and
 // compute. The weights do fit, by streaming; KV and compute get what the budget leaves.
-void device_memory(ggml_backend_dev_t, size_t * free, size_t * total) {
+void device_memory(ggml_backend_dev_t dev, size_t * free, size_t * total) {
     uint64_t model_bytes = 0;
     uint64_t smallest_bytes = 0;
-    const ggml_backend_dev_t inner = inner_device();
+    const ggml_backend_dev_t inner = inner_device(place_of(dev));
+    if (places_count() > 1 && divided_memory(place_of(dev), free)) {
+        *total = *free;
+        return;
+    }
     if (!inner || !current_sizes(&model_bytes, &smallest_bytes)) {
         ggml_backend_dev_memory(inner ? inner : cpu_device(), free, total);
         return;
@@ -149,7 +180,7 @@ void device_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
     props->caps.mmap_support = false;
 }
 
-ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t) { return buffer_type(); }
+ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t dev) { return buffer_type(place_of(dev)); }
 ggml_backend_buffer_type_t device_host_buffer_type(ggml_backend_dev_t) { return host_buffer_type(); }
 
 // Before a model is loaded its tensors are tried out in empty buffers: there only the name says whether the device will have
@@ -167,28 +198,29 @@ bool supports_future_weight(const ggml_tensor * op, int src_index, const ggml_te
     return false;
 }
 
-bool supports_source(const ggml_tensor * op, int src_index) {
+bool supports_source(int place, const ggml_tensor * op, int src_index) {
     const ggml_tensor * src = op->src[src_index];
     const ggml_tensor * root = src->view_src ? src->view_src : src;
     if (!root->buffer) { return true; }
-    const bool is_ours = root->buffer->buft == buffer_type();
+    const bool is_ours = ggml_flea::place_of(root->buffer->buft) == place;
     if (is_ours && root->buffer->size == 0) { return supports_future_weight(op, src_index, root); }
-    if (const Weight * weight = weight_of(root)) { return weight->serves(op, src_index); }
+    if (const Weight * weight = weight_of(root)) { return weight->place == place && weight->serves(op, src_index); }
     // A GPU gets copies of what is in host memory from the scheduler.
     return is_ours || gpu() || ggml_backend_buffer_is_host(root->buffer);
 }
 
-bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
+bool device_supports_op(ggml_backend_dev_t dev, const ggml_tensor * op) {
+    const int place = place_of(dev);
     for (int i = 0; i < GGML_MAX_SRC; ++i) {
-        if (op->src[i] && !supports_source(op, i)) { return false; }
+        if (op->src[i] && !supports_source(place, op, i)) { return false; }
     }
-    const ggml_backend_dev_t inner = inner_device();
+    const ggml_backend_dev_t inner = inner_device(place);
     return inner && ggml_backend_dev_supports_op(inner, op);
 }
 
-bool device_supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t buft) {
-    if (buft == buffer_type()) { return true; }
-    const Gpu * on = gpu();
+bool device_supports_buft(ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft) {
+    if (const int owner = ggml_flea::place_of(buft); owner >= 0) { return owner == place_of(dev); }
+    const Gpu * on = gpu(place_of(dev));
     return on ? ggml_backend_dev_supports_buft(on->device, buft) : ggml_backend_buft_is_host(buft);
 }
 
@@ -199,8 +231,8 @@ void event_synchronize(ggml_backend_dev_t, ggml_backend_event_t) {}
 // ---- registration
 
 const char * reg_name(ggml_backend_reg_t) { return "FLEA"; }
-size_t reg_device_count(ggml_backend_reg_t) { return 1; }
-ggml_backend_dev_t reg_device(ggml_backend_reg_t, size_t) { return device(); }
+size_t reg_device_count(ggml_backend_reg_t) { return (size_t) places_count(); }
+ggml_backend_dev_t reg_device(ggml_backend_reg_t, size_t index) { return device((int) index); }
 
 void * reg_function(ggml_backend_reg_t, const char * name) {
     if (strcmp(name, "ggml_backend_set_n_threads") == 0) { return reinterpret_cast<void *>(set_n_threads); }
@@ -208,8 +240,9 @@ void * reg_function(ggml_backend_reg_t, const char * name) {
     return nullptr;
 }
 
-ggml_backend_device make_device() {
+ggml_backend_device make_device(int place) {
     ggml_backend_device dev = {};
+    dev.context = (void *) (intptr_t) place;
     dev.reg = ggml_backend_flea_reg();
     dev.iface.get_name = device_name;
     dev.iface.get_description = device_description;
@@ -239,9 +272,22 @@ ggml_backend_reg make_reg() {
 
 }  // namespace
 
-ggml_backend_dev_t device() {
-    static ggml_backend_device dev = make_device();
-    return &dev;
+const char * name_of(int place) {
+    static const auto names = [] {
+        std::array<std::string, gpus_max> made;
+        for (size_t i = 0; i < made.size(); ++i) { made[i] = "FLEA" + std::to_string(i); }
+        return made;
+    }();
+    return places_count() > 1 ? names[(size_t) place].c_str() : "FLEA";
+}
+
+ggml_backend_dev_t device(int place) {
+    static auto devices = [] {
+        std::array<ggml_backend_device, gpus_max> made;
+        for (int i = 0; i < gpus_max; ++i) { made[(size_t) i] = make_device(i); }
+        return made;
+    }();
+    return &devices[(size_t) place];
 }
 
 ggml_backend_dev_t cpu_device() {
@@ -249,14 +295,14 @@ ggml_backend_dev_t cpu_device() {
     return dev;
 }
 
-ggml_backend_dev_t inner_device() {
+ggml_backend_dev_t inner_device(int place) {
     if (!wants_gpu()) { return cpu_device(); }
-    const Gpu * on = gpu();
+    const Gpu * on = gpu(place);
     return on ? on->device : nullptr;
 }
 
-Stream::Stream() : guesses_experts(ggml_flea::guesses_experts()) {
-    const ggml_backend_dev_t dev = inner_device();
+Stream::Stream(int place) : place(place), guesses_experts(ggml_flea::guesses_experts()) {
+    const ggml_backend_dev_t dev = inner_device(place);
     inner = dev ? ggml_backend_dev_init(dev, nullptr) : nullptr;
     // None in a build without copies between GPUs: leases then wait for the GPU.
     if (inner && gpu()) { event = ggml_backend_event_new(dev); }
@@ -270,6 +316,17 @@ Stream::~Stream() {
 }
 
 }  // namespace ggml_flea
+
+int32_t ggml_backend_flea_split(float * shares, size_t count) {
+    std::vector<double> splits;
+    std::vector<uint64_t> bytes;
+    const bool divided = ggml_flea::current_splits(splits, bytes);
+    if (!shares || count < (divided ? splits.size() : 1)) { return FLEA_E_INVALID; }
+    std::fill(shares, shares + count, 0.0f);
+    if (!divided) { splits = { 1 }; }
+    std::copy(splits.begin(), splits.end(), shares);
+    return (int32_t) splits.size();
+}
 
 ggml_backend_reg_t ggml_backend_flea_reg(void) {
     static ggml_backend_reg reg = ggml_flea::make_reg();

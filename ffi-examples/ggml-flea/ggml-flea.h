@@ -5,7 +5,8 @@
  *
  *   1. flea_model_open(path, options with FLEA_OPEN_DEFER_PLAN and host_pending_bytes = ggml_backend_flea_pending_bytes())
  *   2. ggml_backend_flea_configure(&config with that model)
- *   3. ggml_backend_register(ggml_backend_flea_reg()), then load the model with all layers on the device FLEA
+ *   3. ggml_backend_register(ggml_backend_flea_reg()), then load the model with all layers on the device FLEA; on several GPUs, on
+ *      all devices of the registration, divided as ggml_backend_flea_split says
  *   4. ggml_backend_flea_loaded()
  *   5. ... llama_decode ..., free the context, free the llama model
  *   6. ggml_backend_flea_configure(NULL), flea_model_close(model)
@@ -14,6 +15,7 @@
 #define GGML_FLEA_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "flea.h"
@@ -71,6 +73,10 @@ typedef struct ggml_flea_config {
    the program has none, `library` is loaded (a libggml-cuda.so of the very version of ggml in this program; NULL: none). Returns
    FLEA_OK, or NOTFOUND, INVALID or UNSUPPORTED with a text in ggml_backend_flea_last_failure. Any thread. */
 GGML_FLEA_API int32_t ggml_backend_flea_find_gpu(uint32_t index, const char *library);
+
+/* How many devices the registration has, one for each GPU that the model is on; in `shares`, which has `count` elements, how many of
+   llama.cpp's layers are on each: for llama_model_params.tensor_split. Zeros behind them. FLEA_E_INVALID where they do not fit. */
+GGML_FLEA_API int32_t ggml_backend_flea_split(float *shares, size_t count);
 
 /* Says that a loader which skipped streamed tensors has finished: on a GPU the device's memory is host memory no more. */
 GGML_FLEA_API void ggml_backend_flea_loaded(void);

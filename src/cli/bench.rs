@@ -18,6 +18,7 @@ use crate::io::{ReaderKind, ReaderOptions};
 use crate::mem::Backing;
 use crate::plan::SLOTS_DEFAULT;
 use crate::proto::Opened;
+use crate::proto::gpus::{GpuList, GpuShare, VramList};
 use crate::proto::opened::{Endpoint, PlanFigures};
 use crate::tools::bench_stream::{self, Outcome};
 use crate::units::{HumanBytes, MemorySpec};
@@ -108,13 +109,13 @@ pub struct StreamArgs {
     #[arg(long, value_name = "ENDPOINT", conflicts_with_all = ["memory", "backing", "request_bytes", "depth", "page_bytes", "slots", "trace"])]
     pub endpoint: Option<String>,
 
-    /// Stream into the memory of this GPU, counted from 0, through host memory
-    #[arg(long, value_name = "N", requires = "vram", conflicts_with_all = ["endpoint", "backing"])]
-    pub gpu: Option<u32>,
+    /// Stream into the memory of this GPU, counted from 0, through host memory; or of several, 0,1, each with layers of its own
+    #[arg(long, value_name = "N,...", requires = "vram", conflicts_with_all = ["endpoint", "backing"])]
+    pub gpu: Option<GpuList>,
 
-    /// What weights may take of the GPU's memory: 4GiB, 512M, or 25%, of the model
-    #[arg(long, value_name = "SIZE", requires = "gpu", value_parser = super::plan::vram)]
-    pub vram: Option<MemorySpec>,
+    /// What weights may take of the GPU's memory: 4GiB, 512M, or 25%, of the model; or of each one's, 4GiB,2GiB
+    #[arg(long, value_name = "SIZE,...", requires = "gpu")]
+    pub vram: Option<VramList>,
 
     /// Walk once more, unmeasured, and hold every byte against a plain read of the file
     #[arg(long)]
@@ -203,8 +204,10 @@ fn stream(args: &StreamArgs) -> Result<()> {
         trace: trace.as_ref().map(TraceFile::trace),
         ..args.options()
     };
-    if let Some(gpu_index) = args.gpu {
-        let streamed = gpu_stream(args, gpu_index, options, &stop);
+    if let (Some(gpus), Some(vram)) = (&args.gpu, &args.vram) {
+        let streamed = vram
+            .of(gpus)
+            .and_then(|gpus| gpu_stream(args, &gpus, options, &stop));
         let label = |layer: u32| format!("layer {layer}");
         return trace::both(streamed, trace.map_or(Ok(()), |trace| trace.write(&label)));
     }
@@ -234,17 +237,17 @@ fn stream(args: &StreamArgs) -> Result<()> {
 #[cfg(feature = "cuda")]
 fn gpu_stream(
     args: &StreamArgs,
-    gpu_index: u32,
+    gpus: &[GpuShare],
     options: OpenOptions,
     stop: &AtomicBool,
 ) -> Result<()> {
-    super::bench_gpu::stream(args, gpu_index, options, stop)
+    super::bench_gpu::stream(args, gpus, options, stop)
 }
 
 #[cfg(not(feature = "cuda"))]
 fn gpu_stream(
     _args: &StreamArgs,
-    _gpu_index: u32,
+    _gpus: &[GpuShare],
     _options: OpenOptions,
     _stop: &AtomicBool,
 ) -> Result<()> {

@@ -7,12 +7,13 @@ use serde_json::{Value, json};
 use super::bench::StreamArgs;
 use super::table::Table;
 use crate::engine::OpenOptions;
-use crate::engine::gpu::{GpuModel, GpuOptions};
-use crate::error::{Error, ErrorKind, Result};
+use crate::engine::gpu::{GpuModel, Gpus, Part};
+use crate::error::Result;
 use crate::io::ReaderKind;
 use crate::plan::TierShare;
+use crate::proto::gpus::{self, GpuShare};
 use crate::tools::bench_gpu::{self, Outcome, Pass};
-use crate::units::{HumanBytes, MemorySpec};
+use crate::units::HumanBytes;
 
 /// Streams into VRAM and prints what came of it.
 ///
@@ -20,16 +21,12 @@ use crate::units::{HumanBytes, MemorySpec};
 /// Those of opening and streaming the model.
 pub(super) fn stream(
     args: &StreamArgs,
-    gpu_index: u32,
+    gpus: &[GpuShare],
     options: OpenOptions,
     stop: &AtomicBool,
 ) -> Result<()> {
-    let options_of_gpu = GpuOptions {
-        index: gpu_index,
-        vram_bytes: vram_bytes(args)?,
-        slots_count: args.slots,
-    };
-    let model = GpuModel::open(&args.model, &options_of_gpu, options)?;
+    let chosen = gpus::options(&args.model, gpus, args.slots)?;
+    let model = Gpus::open(&args.model, &chosen, options)?;
     let outcome = bench_gpu::measure(&model, args.passes, stop)?;
     if let Some(reason) = &outcome.stats.not_pinned {
         log::warn!("{reason}");
@@ -48,20 +45,6 @@ pub(super) fn stream(
     }
 }
 
-fn vram_bytes(args: &StreamArgs) -> Result<u64> {
-    match args.vram {
-        Some(MemorySpec::Bytes(bytes)) => Ok(bytes),
-        Some(MemorySpec::Percent(percent)) => {
-            let (catalog, _) = crate::engine::gpu::catalog_of(&args.model)?;
-            Ok((catalog.model_bytes as f64 * percent / 100.0) as u64)
-        }
-        Some(MemorySpec::Auto) | None => Err(Error::new(
-            ErrorKind::Invalid,
-            "--gpu needs --vram: how much of the GPU's memory weights may take",
-        )),
-    }
-}
-
 /// Sums over all layers.
 fn total(shares: &[TierShare]) -> TierShare {
     let sum = |bytes: fn(&TierShare) -> u64| shares.iter().map(bytes).sum();
@@ -72,33 +55,45 @@ fn total(shares: &[TierShare]) -> TierShare {
     }
 }
 
-fn json(model: &GpuModel, outcome: &Outcome, verified_bytes: Option<u64>) -> Value {
-    let (stats, vram) = (&outcome.stats, model.vram());
-    let tiers = total(&model.shares());
+/// Sums over all GPUs.
+fn sum(model: &Gpus, bytes: fn(&GpuModel) -> u64) -> u64 {
+    model.parts().iter().map(|part| bytes(part.model())).sum()
+}
+
+fn shares(model: &Gpus) -> Vec<TierShare> {
+    let parts = model.parts().iter();
+    parts.flat_map(|part| part.model().shares()).collect()
+}
+
+fn is_direct(model: &Gpus) -> bool {
+    model.parts().iter().any(|part| part.model().is_direct())
+}
+
+fn json(model: &Gpus, outcome: &Outcome, verified_bytes: Option<u64>) -> Value {
+    let stats = &outcome.stats;
+    let first = model.parts()[0].model().context();
+    let tiers = total(&shares(model));
     let fallbacks: Vec<&str> = stats.host.fallbacks.iter().map(|f| f.kind.name()).collect();
     json!({
-        "gpu": model.context().name(),
-        "gpu_index": model.context().index(),
+        "gpu": first.name(),
+        "gpu_index": first.index(),
+        "gpus": model.parts().iter().map(part_json).collect::<Vec<_>>(),
         "seconds": outcome.seconds,
         "passes": outcome.passes.iter().map(pass_json).collect::<Vec<_>>(),
         "layers": model.catalog().layers.len(),
         "model_bytes": model.catalog().model_bytes,
         "vram": {
-            "budget_bytes": vram.plan.weight_budget_bytes,
-            "held_bytes": model.pool().held_bytes(),
-            "resident_bytes": vram.plan.resident_bytes,
-            "ring_bytes": vram.plan.ring_bytes,
-            "image_bytes": vram.image.len_bytes,
-            "padding_bytes": vram.image.padding_bytes,
+            "budget_bytes": sum(model, |gpu| gpu.vram().plan.weight_budget_bytes),
+            "held_bytes": sum(model, |gpu| gpu.pool().held_bytes()),
+            "resident_bytes": sum(model, |gpu| gpu.vram().plan.resident_bytes),
+            "ring_bytes": sum(model, |gpu| gpu.vram().plan.ring_bytes),
+            "image_bytes": sum(model, |gpu| gpu.vram().image.len_bytes),
+            "padding_bytes": sum(model, |gpu| gpu.vram().image.padding_bytes),
         },
-        "tiers": {
-            "vram_bytes": tiers.vram_bytes,
-            "memory_bytes": tiers.memory_bytes,
-            "drive_bytes": tiers.drive_bytes,
-        },
+        "tiers": tiers_json(&tiers),
         "packed": model.packed().is_some(),
-        "link_bytes_per_pass": model.link_bytes_per_pass(),
-        "link_weights_bytes_per_pass": vram.link_bytes_per_pass(),
+        "link_bytes_per_pass": sum(model, GpuModel::link_bytes_per_pass),
+        "link_weights_bytes_per_pass": sum(model, |gpu| gpu.vram().link_bytes_per_pass()),
         "unpacked_bytes": stats.unpacked_bytes,
         "h2d_bytes": stats.h2d_bytes,
         "h2d_pinned_bytes": stats.h2d_pinned_bytes,
@@ -111,11 +106,45 @@ fn json(model: &GpuModel, outcome: &Outcome, verified_bytes: Option<u64>) -> Val
         "loads": stats.loads,
         "stalls": stats.stalls,
         "stall_seconds": stats.stall_ns as f64 / 1e9,
-        "reader": if model.is_direct() { ReaderKind::Gds } else { stats.host.reader }.name(),
+        "reader": if is_direct(model) { ReaderKind::Gds } else { stats.host.reader }.name(),
         "direct_bytes": stats.direct_bytes,
         "direct_io": stats.host.direct_io,
         "fallbacks": fallbacks,
         "verified_bytes": verified_bytes,
+    })
+}
+
+fn tiers_json(tiers: &TierShare) -> Value {
+    json!({
+        "vram_bytes": tiers.vram_bytes,
+        "memory_bytes": tiers.memory_bytes,
+        "drive_bytes": tiers.drive_bytes,
+    })
+}
+
+/// One of the GPUs.
+fn part_json(part: &Part) -> Value {
+    let (gpu, layers) = (part.model(), part.layers());
+    let stats = gpu.stats();
+    json!({
+        "gpu": gpu.context().name(),
+        "gpu_index": gpu.context().index(),
+        "first_layer": layers.start,
+        "layers": layers.len(),
+        "budget_bytes": gpu.vram().plan.weight_budget_bytes,
+        "held_bytes": gpu.pool().held_bytes(),
+        "resident_bytes": gpu.vram().plan.resident_bytes,
+        "ring_bytes": gpu.vram().plan.ring_bytes,
+        "tiers": tiers_json(&total(&gpu.shares())),
+        "link_bytes_per_pass": gpu.link_bytes_per_pass(),
+        "h2d_bytes": stats.h2d_bytes,
+        "h2d_resident_bytes": stats.h2d_resident_bytes,
+        "pinned_bytes": stats.pinned_bytes,
+        "bytes_read": stats.bytes_read,
+        "host_budget_bytes": gpu.host_budget().map(|budget| budget.weight_budget_bytes),
+        "acquires": stats.acquires,
+        "loads": stats.loads,
+        "stalls": stats.stalls,
     })
 }
 
@@ -128,14 +157,19 @@ fn pass_json(pass: &Pass) -> Value {
     })
 }
 
-fn table(model: &GpuModel, outcome: &Outcome, verified_bytes: Option<u64>) -> Table {
-    let (stats, vram) = (&outcome.stats, model.vram());
+fn table(model: &Gpus, outcome: &Outcome, verified_bytes: Option<u64>) -> Table {
+    let stats = &outcome.stats;
     let size = HumanBytes;
     let mut table = Table::fields();
-    table.field(
-        "GPU",
-        format!("{}: {}", model.context().index(), model.context().name()),
-    );
+    for part in model.parts() {
+        let (context, layers) = (part.model().context(), part.layers());
+        let text = match model.parts().len() {
+            1 => String::new(),
+            _ => format!(", layers {} to {}", layers.start, layers.end - 1),
+        };
+        let name = format!("{}: {}{text}", context.index(), context.name());
+        table.field("GPU", name);
+    }
     table.field(
         "model",
         format!(
@@ -148,16 +182,16 @@ fn table(model: &GpuModel, outcome: &Outcome, verified_bytes: Option<u64>) -> Ta
         "VRAM",
         format!(
             "{} resident, {} ring",
-            size(vram.plan.resident_bytes),
-            size(vram.plan.ring_bytes)
+            size(sum(model, |gpu| gpu.vram().plan.resident_bytes)),
+            size(sum(model, |gpu| gpu.vram().plan.ring_bytes))
         ),
     );
-    let tiers = total(&model.shares());
+    let tiers = total(&shares(model));
     table.field(
         "per pass",
         format!(
             "{} over the link: {} from memory, {} from the drive",
-            size(model.link_bytes_per_pass()),
+            size(sum(model, GpuModel::link_bytes_per_pass)),
             size(tiers.memory_bytes),
             size(tiers.drive_bytes)
         ),
@@ -186,13 +220,13 @@ fn table(model: &GpuModel, outcome: &Outcome, verified_bytes: Option<u64>) -> Ta
     if model.packed().is_some() {
         let text = format!(
             "{} of weights per pass, out of {}; {} so far",
-            size(vram.link_bytes_per_pass()),
-            size(model.link_bytes_per_pass()),
+            size(sum(model, |gpu| gpu.vram().link_bytes_per_pass())),
+            size(sum(model, GpuModel::link_bytes_per_pass)),
             size(stats.unpacked_bytes)
         );
         table.field("unpacked in VRAM", text);
     }
-    if model.is_direct() {
+    if is_direct(model) {
         let text = format!("{} from the drive into VRAM", size(stats.direct_bytes));
         table.field("GPUDirect Storage", text);
     }

@@ -36,7 +36,6 @@ use layers::{LayerReport, layer_reports, layer_table};
 use prediction::{Basis, PredictionReport};
 use rows::RowsReport;
 use tiers::TierReport;
-pub(super) use tiers::vram;
 
 const EXAMPLES: &str = "\
 Examples:

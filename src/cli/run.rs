@@ -45,7 +45,7 @@ Without -p, -f and --prompt-tokens the prompt is read from standard input; --cha
 --memory bounds everything the process holds: weights, KV cache, compute memory and itself. A percentage means that
 share of the weights, with the rest on top. Left out, it is what is free under every limit, less a margin.
 --gpu N --vram SIZE computes on a GPU too small for the model: what does not stay in its memory is kept in host memory, as far
-as --memory allows, or read from the drive, and copied in before each layer runs.
+as --memory allows, or read from the drive, and copied in before each layer runs. --gpu 0,1 divides the layers over several.
 --kv-disk keeps --kv-slots layers of the KV cache in memory and reads the others once per pass: each token then reads
 what the context holds. States of recurrent models stay in memory; models without flash attention are refused.")]
 pub struct Args {
@@ -259,7 +259,7 @@ pub fn command(args: &Args) -> Result<ExitCode> {
     })?;
     loading.finish();
     if let Some(trace) = &trace {
-        session.trace_into(trace.trace());
+        session.trace_into(trace.trace())?;
     }
 
     let mut sampler = Sampler::new(session.model(), &sample_options(args))?;

@@ -455,11 +455,7 @@ impl Model {
     }
 
     fn make_plan(&self) -> Result<(Plan, BudgetReport)> {
-        let process_bytes = limits::process_memory_bytes()?;
-        let pending_bytes = self.options.host_pending_bytes.load(Ordering::Acquire);
-        let host_bytes = process_bytes
-            .saturating_add(pending_bytes)
-            .saturating_add(budget::HOST_RESERVE_BYTES);
+        let (process_bytes, host_bytes) = host_bytes(&self.options)?;
         let layers = PlanOptions {
             slots_count: self.options.slots_count,
             page_bytes: self.page_bytes,
@@ -485,17 +481,10 @@ impl Model {
                 Ok((method.plan(&self.catalog, bytes)?, report))
             }
             BudgetSpec::Memory(spec) => {
-                // The margin is for a total that flea chooses; one that the user names may take all that is free.
-                let free_bytes = match spec {
-                    MemorySpec::Auto => limits::available_memory_bytes()?,
-                    MemorySpec::Bytes(_) | MemorySpec::Percent(_) => limits::free_memory()?.bytes,
-                };
-                // What the process holds already is part of its total, so it counts as available to it.
-                let available_bytes = free_bytes.saturating_add(process_bytes);
                 let (budget, plan) = budget::resolve_and_plan(
                     &self.catalog,
                     spec,
-                    available_bytes,
+                    available_bytes(spec, process_bytes)?,
                     host_bytes,
                     &method,
                 )?;
@@ -503,6 +492,33 @@ impl Model {
             }
         }
     }
+}
+
+/// What the process holds now, and all that it needs besides weights.
+///
+/// # Errors
+/// What reading them gives.
+pub(super) fn host_bytes(options: &OpenOptions) -> Result<(u64, u64)> {
+    let process_bytes = limits::process_memory_bytes()?;
+    let pending_bytes = options.host_pending_bytes.load(Ordering::Acquire);
+    let host_bytes = process_bytes
+        .saturating_add(pending_bytes)
+        .saturating_add(budget::HOST_RESERVE_BYTES);
+    Ok((process_bytes, host_bytes))
+}
+
+/// The most that a process may hold altogether which holds `process_bytes` now.
+///
+/// # Errors
+/// What reading the limits gives.
+pub(super) fn available_bytes(spec: MemorySpec, process_bytes: u64) -> Result<u64> {
+    // The margin is for a total that flea chooses; one that the user names may take all that is free.
+    let free_bytes = match spec {
+        MemorySpec::Auto => limits::available_memory_bytes()?,
+        MemorySpec::Bytes(_) | MemorySpec::Percent(_) => limits::free_memory()?.bytes,
+    };
+    // What the process holds already is part of its total, so it counts as available to it.
+    Ok(free_bytes.saturating_add(process_bytes))
 }
 
 impl Drop for Running {

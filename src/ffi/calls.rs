@@ -2,8 +2,8 @@
 
 use super::handle::{Handle, handle, path, read_options, size_of_output, text, write_output};
 use super::types::{
-    FLEA_ABI_VERSION, flea_info, flea_model, flea_open_options, flea_range, flea_stats_data,
-    flea_tensor,
+    FLEA_ABI_VERSION, flea_gpu, flea_info, flea_model, flea_open_options, flea_range,
+    flea_stats_data, flea_tensor,
 };
 use super::{LAST, guard, invalid};
 use crate::engine::{RANGES_MAX, ROWS_MAX};
@@ -81,6 +81,30 @@ pub unsafe extern "C" fn flea_model_info(model: *const flea_model, out: *mut fle
             let handle = handle(model)?;
             let size = size_of_output(out)?;
             write_output(out, &handle.info(size), size);
+        }
+        Ok(0)
+    })
+}
+
+/// Describes one of the GPUs that the layers are on, by its place among them (0 to flea_info.gpu_count - 1), which is that of its
+/// layers. Set out->struct_size first.
+///
+/// Threads: any. Returns FLEA_OK, NOTFOUND or INVALID.
+///
+/// # Safety
+/// `model` is open; `out` has the bytes its struct_size says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flea_model_gpu(
+    model: *const flea_model,
+    place: u32,
+    out: *mut flea_gpu,
+) -> i32 {
+    guard(|| {
+        // SAFETY: by this function's contract.
+        unsafe {
+            let handle = handle(model)?;
+            let size = size_of_output(out)?;
+            write_output(out, &handle.gpu(place, size)?, size);
         }
         Ok(0)
     })
@@ -214,8 +238,8 @@ pub unsafe extern "C" fn flea_release(model: *mut flea_model, layer: u32) -> i32
 /// Gives back one lease of a layer that a GPU still reads: its bytes change only when everything is done that `cuda_event`
 /// stands for. The host does not wait, and may record the event anew at once.
 ///
-/// `cuda_event`: a `CUevent` or `cudaEvent_t` of flea_open_options.gpu_index, recorded behind the last kernel that reads the
-/// layer. A captured CUDA graph that reads the layer must be launched anew under each lease; its addresses stay as they are.
+/// `cuda_event`: a `CUevent` or `cudaEvent_t` of the GPU that has the layer (flea_tensor.gpu_index), recorded behind the last kernel
+/// that reads it. A captured CUDA graph that reads the layer must be launched anew under each lease; its addresses stay as they are.
 /// Threads: any, also another than the acquire's. Returns FLEA_OK or: INVALID (the layer is not acquired, or the model is not on
 /// a GPU: use flea_release there), IO (the GPU is lost).
 ///

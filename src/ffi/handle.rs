@@ -1,12 +1,15 @@
 //! What stands behind a `flea_model*`, and how C structures of any size are read and written.
 
-use super::types::{flea_info, flea_model, flea_open_options, flea_stats_data, flea_tensor};
+use super::types::{
+    flea_gpu, flea_info, flea_model, flea_open_options, flea_stats_data, flea_tensor,
+};
 use super::{invalid, types};
 use crate::engine::{BudgetSpec, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{ReaderKind, ReaderOptions};
 use crate::mem::Backing;
 use crate::proto::Opened;
+use crate::proto::gpus::{GpuList, GpuShare, VramList};
 use crate::proto::opened::Endpoint;
 use crate::units::MemorySpec;
 use std::ffi::{CStr, CString, OsStr, c_char};
@@ -43,14 +46,10 @@ impl Handle {
         let parsed = parse_options(options, Arc::clone(&pending_bytes))?;
         let handle_pending = options.host_pending_bytes;
         read_pending(handle_pending, &pending_bytes);
-        // SAFETY: NULL or a string that is valid during the call, by flea_model_open's contract.
-        let model = match unsafe { text(options.vram, "vram") }? {
-            None => Opened::open(&path, &endpoint, parsed)?,
-            Some(vram) => {
-                let vram = vram.parse().map_err(invalid)?;
-                let (index, slots_count) = (options.gpu_index, options.vram_slots_count);
-                Opened::open_on_gpu(&path, index, vram, slots_count, parsed)?
-            }
+        let gpus = gpus_of(options)?;
+        let model = match gpus.as_slice() {
+            [] => Opened::open(&path, &endpoint, parsed)?,
+            gpus => Opened::open_on_gpus(&path, gpus, options.vram_slots_count, parsed)?,
         };
         let text = |text: &str| CString::new(text.replace('\0', "?")).unwrap_or_default();
         let names = model
@@ -111,8 +110,32 @@ impl Handle {
             vram_ring_bytes: gpu.vram_ring_bytes,
             link_bytes_per_pass: gpu.link_bytes_per_pass,
             gpu_index: gpu.index,
-            reserved: 0,
+            gpu_count: count(self.model.gpus().len()),
         }
+    }
+
+    /// One of the GPUs, by its place among them.
+    pub fn gpu(&self, place: u32, struct_size: u32) -> Result<flea_gpu> {
+        let gpus = self.model.gpus();
+        let gpu = gpus.get(place as usize).ok_or_else(|| {
+            let context = format!("GPU {place} of {}: the model is on no more", gpus.len());
+            Error::new(ErrorKind::NotFound, context)
+        })?;
+        Ok(flea_gpu {
+            struct_size,
+            gpu_index: gpu.index,
+            first_layer: gpu.first_layer,
+            layer_count: gpu.layer_count,
+            vram_budget_bytes: gpu.vram_budget_bytes,
+            vram_resident_bytes: gpu.vram_resident_bytes,
+            vram_ring_bytes: gpu.vram_ring_bytes,
+            link_bytes_per_pass: gpu.link_bytes_per_pass,
+            h2d_bytes: gpu.link.h2d_bytes,
+            h2d_pinned_bytes: gpu.link.h2d_pinned_bytes,
+            h2d_resident_bytes: gpu.link.h2d_resident_bytes,
+            h2d_copies: gpu.link.copies,
+            pinned_bytes: gpu.link.pinned_bytes,
+        })
     }
 
     pub fn tensor(&self, index: usize, struct_size: u32) -> flea_tensor {
@@ -139,6 +162,10 @@ impl Handle {
                 false => std::ptr::null(),
             },
             name: self.names[index].as_ptr(),
+            gpu_index: span
+                .and_then(|span| self.model.gpu_of(span.first))
+                .map_or(-1, layer),
+            reserved: 0,
         }
     }
 
@@ -243,12 +270,31 @@ fn refuse_local_options(options: &flea_open_options) -> Result<()> {
         ("request_bytes", options.request_bytes != 0),
         ("depth", options.depth != 0),
         ("vram", !options.vram.is_null()),
+        ("gpus", !options.gpus.is_null()),
     ];
     match set.iter().find(|(_, set)| *set) {
         None => Ok(()),
         Some((name, _)) => Err(invalid(format!(
             "{name} is set, and so is the endpoint of a daemon, which has a {name} of its own; leave it out, or set it there (flead.toml, flea-ctl budget)"
         ))),
+    }
+}
+
+/// The GPUs asked for; none for weights in host memory.
+fn gpus_of(options: &flea_open_options) -> Result<Vec<GpuShare>> {
+    // SAFETY: NULL or strings that are valid during the call, by flea_model_open's contract.
+    let (vram, list) = unsafe { (text(options.vram, "vram")?, text(options.gpus, "gpus")?) };
+    let list = match (list, options.gpu_index) {
+        (None, index) => GpuList(vec![index]),
+        (Some(list), 0) => list.parse().map_err(invalid)?,
+        (Some(_), _) => return Err(invalid("gpus and gpu_index are set: leave gpu_index 0")),
+    };
+    match vram {
+        Some(vram) => vram.parse::<VramList>().map_err(invalid)?.of(&list),
+        None if options.gpus.is_null() => Ok(Vec::new()),
+        None => Err(invalid(
+            "gpus is set, and vram is not: say how much of their memory weights may take (8GiB, or 25%)",
+        )),
     }
 }
 

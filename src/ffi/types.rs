@@ -132,6 +132,10 @@ pub struct flea_open_options {
     pub gpu_index: u32,
     /// Slots of the ring in its memory, 2 to 64; 0 = 3.
     pub vram_slots_count: u32,
+    /// Several GPUs by their numbers, "0,1", each of which has a run of the layers, in this order; NULL = gpu_index alone, which
+    /// is 0 where this is given. `vram` is then for each of them, or says one size for each: "8GiB,4GiB". The layers are divided
+    /// in that proportion. Read during the call only.
+    pub gpus: *const c_char,
 }
 
 /// What a model is, and how it was planned. Fields marked (plan) are 0 until the plan is made.
@@ -187,10 +191,11 @@ pub struct flea_info {
     pub vram_ring_bytes: u64,
     /// Bytes that come over the link (PCIe) in each pass, from host memory and drive together.
     pub link_bytes_per_pass: u64,
-    /// Which GPU; 0 also where there is none: see vram_budget_bytes.
+    /// Which GPU; 0 also where there is none: see vram_budget_bytes. With several the first of them, and the figures of its memory
+    /// and link are those of all together: flea_model_gpu tells them apart.
     pub gpu_index: u32,
-    /// 0.
-    pub reserved: u32,
+    /// How many GPUs the layers are on; 0 where weights are in host memory, and from a libflea that knew only one.
+    pub gpu_count: u32,
 }
 
 /// One tensor of a model.
@@ -225,6 +230,43 @@ pub struct flea_tensor {
     pub data: *const c_void,
     /// Its name. Lives as long as the model.
     pub name: *const c_char,
+    /// The GPU that it is on, as flea_open_options names it: the one whose address `data` is, and whose events
+    /// flea_release_after takes for its layer. -1 where `layer` is -1, and in host memory.
+    pub gpu_index: i32,
+    /// 0.
+    pub reserved: u32,
+}
+
+/// One GPU of a model.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct flea_gpu {
+    /// sizeof(flea_gpu), set by the caller.
+    pub struct_size: u32,
+    /// Which GPU, as the CUDA driver counts them.
+    pub gpu_index: u32,
+    /// Its first layer.
+    pub first_layer: u32,
+    /// How many it has, one behind the other.
+    pub layer_count: u32,
+    /// What weights may take of its memory, in bytes.
+    pub vram_budget_bytes: u64,
+    /// Weights that stay there, in bytes.
+    pub vram_resident_bytes: u64,
+    /// All slots there, in bytes.
+    pub vram_ring_bytes: u64,
+    /// Bytes that come over its link in each pass.
+    pub link_bytes_per_pass: u64,
+    /// Bytes copied into its memory so far.
+    pub h2d_bytes: u64,
+    /// Of those: out of pinned memory.
+    pub h2d_pinned_bytes: u64,
+    /// Of those: into pages that stay there, once.
+    pub h2d_resident_bytes: u64,
+    /// Copies they took.
+    pub h2d_copies: u64,
+    /// Host memory that is pinned for it, in bytes.
+    pub pinned_bytes: u64,
 }
 
 /// Counters of a model since it was opened.

@@ -106,8 +106,19 @@ extern "C" fn on_progress(share: f32, user_data: *mut c_void) -> bool {
 pub enum Origin<'a> {
     /// llama.cpp opens and maps the files itself (plain runs).
     Path(&'a Path),
-    /// Through our stream, for the device given (streamed runs), which also has the tensors named.
-    Stream(&'a mut ModelFile, llama::ggml_backend_dev_t, &'a [String]),
+    /// Through our stream, for the devices given (streamed runs).
+    Stream(&'a mut ModelFile, Devices<'a>),
+}
+
+/// Where a streamed model is placed.
+#[derive(Debug, Clone, Copy)]
+pub struct Devices<'a> {
+    /// One, or one for each GPU.
+    pub devices: &'a [llama::ggml_backend_dev_t],
+    /// How many of llama.cpp's layers each has, with zeros up to `llama_max_devices`.
+    pub split: &'a [f32],
+    /// Tables of embeddings whose rows the first reads: llama.cpp gives it none of its own accord.
+    pub tables: &'a [String],
 }
 
 impl LlamaModel {
@@ -223,10 +234,17 @@ fn load_raw(
             let raw = unsafe { llama::llama_model_load_from_file(path.as_ptr(), params) };
             Ok((raw, None))
         }
-        Origin::Stream(file, device, tables) => {
-            let mut devices = [device, std::ptr::null_mut()];
-            let patterns = table_patterns(tables)?;
-            let overrides = placed_on(&patterns, device);
+        Origin::Stream(file, on) => {
+            let mut devices = on.devices.to_vec();
+            devices.push(std::ptr::null_mut());
+            let mut patterns = table_patterns(on.tables)?;
+            if on.devices.len() > 1 {
+                // With an override of anything llama.cpp keeps no copies of what goes from one device to the next, for which
+                // these, which compute in turn, have no use.
+                patterns.push(c"^$".to_owned());
+            }
+            let overrides = placed_on(&patterns, devices[0]);
+            params.tensor_split = on.split.as_ptr();
             params.tensor_buft_overrides = overrides.as_ptr();
             params.devices = devices.as_mut_ptr();
             params.n_gpu_layers = -1;

@@ -15,6 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ffi::calls;
 use crate::ffi::handle::model_of;
 use crate::ffi::types::{self, flea_info, flea_model, flea_open_options, flea_stats_data};
+use crate::host::context::Devices;
 use crate::host::figures::{Figures, GpuFigures};
 use crate::host::kv_disk::{KvCalls, KvDisk};
 use crate::proto::Opened;
@@ -35,6 +36,7 @@ unsafe extern "C" {
     fn ggml_backend_flea_configure(config: *const Config) -> i32;
     fn ggml_backend_flea_pending_bytes() -> *const u64;
     fn ggml_backend_flea_find_gpu(index: u32, library: *const c_char) -> i32;
+    fn ggml_backend_flea_split(shares: *mut f32, count: usize) -> i32;
     fn ggml_backend_flea_loaded();
     fn ggml_backend_flea_releases_behind_gpu() -> u64;
     fn ggml_backend_flea_early_pieces() -> u64;
@@ -76,12 +78,12 @@ pub struct StreamOptions {
     pub gpu: Option<GpuRun>,
 }
 
-/// Which GPU computes, and how much of its memory weights may take.
+/// Which GPUs compute, and how much of their memory weights may take.
 #[derive(Debug, Clone)]
 pub struct GpuRun {
-    /// Its number, from 0.
-    pub index: u32,
-    /// A size, or a share of the model.
+    /// Their numbers, from 0, in the order of the layers they have.
+    pub indices: Vec<u32>,
+    /// A size, or a share of the model; one for each GPU, or one that each has.
     pub vram: String,
     /// 0 = default.
     pub slots_count: u32,
@@ -93,7 +95,10 @@ pub struct GpuRun {
 #[derive(Debug)]
 pub struct Streamed {
     handle: Arc<Handle>,
-    device: llama::ggml_backend_dev_t,
+    /// One, or one for each GPU.
+    devices: Vec<llama::ggml_backend_dev_t>,
+    /// How many of llama.cpp's layers each of them has, and zeros, as llama.cpp wants it.
+    split: Vec<f32>,
     /// Names of the tables whose rows are read.
     row_tables: Vec<String>,
     /// Last: the device calls it until it is configured anew (see `drop`).
@@ -123,8 +128,8 @@ fn expert_cuts() -> u64 {
     unsafe { ggml_backend_flea_expert_cuts() }
 }
 
-/// Looks for ggml's own device of the GPU.
-fn find_gpu(gpu: &GpuRun) -> Result<()> {
+/// Looks for ggml's own devices of the GPUs.
+fn find_gpus(gpu: &GpuRun) -> Result<()> {
     let library = gpu
         .library
         .as_ref()
@@ -135,10 +140,26 @@ fn find_gpu(gpu: &GpuRun) -> Result<()> {
         .as_ref()
         .map_or(std::ptr::null(), |path| path.as_ptr());
     // SAFETY: NULL or a path that lives over the call.
-    match unsafe { ggml_backend_flea_find_gpu(gpu.index, library) } {
+    let find = |index: &u32| match unsafe { ggml_backend_flea_find_gpu(*index, library) } {
         0.. => Ok(()),
         status => Err(last_failure()
             .unwrap_or_else(|| Error::new(kind_of(status), "ggml has no device for the GPU"))),
+    };
+    gpu.indices.iter().try_for_each(find)
+}
+
+/// How many devices there are, and what each has of the layers.
+fn devices_split() -> Result<(usize, Vec<f32>)> {
+    // SAFETY: no preconditions.
+    let mut split = vec![0.0; unsafe { llama::llama_max_devices() }];
+    // SAFETY: the call writes as many numbers as there are.
+    let count = unsafe { ggml_backend_flea_split(split.as_mut_ptr(), split.len()) };
+    match usize::try_from(count) {
+        Ok(count) => Ok((count, split)),
+        Err(_) => {
+            let context = "more GPUs than llama.cpp has devices for";
+            Err(Error::new(kind_of(count), context))
+        }
     }
 }
 
@@ -211,6 +232,11 @@ impl Streamed {
             .map(|gpu| CString::new(gpu.vram.as_str()))
             .transpose()
             .map_err(nul)?;
+        let gpus = gpu.map_or_else(String::new, |gpu| {
+            let numbers: Vec<String> = gpu.indices.iter().map(u32::to_string).collect();
+            numbers.join(",")
+        });
+        let gpus = CString::new(gpus).map_err(nul)?;
         // SAFETY: all-zero is a valid flea_open_options: the defaults (include/flea.h).
         let mut raw: flea_open_options = unsafe { std::mem::zeroed() };
         raw.struct_size = size_of::<flea_open_options>() as u32;
@@ -233,7 +259,7 @@ impl Streamed {
             .map_or(std::ptr::null(), |text| text.as_ptr());
         if let (Some(gpu), Some(vram)) = (gpu, &vram) {
             raw.vram = vram.as_ptr();
-            raw.gpu_index = gpu.index;
+            raw.gpus = gpus.as_ptr();
             raw.vram_slots_count = gpu.slots_count;
         }
         // SAFETY: the pointer is valid for the life of the program (ggml-flea.h).
@@ -247,7 +273,7 @@ impl Streamed {
         }
         let handle = Arc::new(Handle(model));
         if let Some(gpu) = gpu {
-            find_gpu(gpu)?;
+            find_gpus(gpu)?;
         }
         let kv_calls = kv_disk.as_ref().map(KvDisk::calls);
         let config = Config {
@@ -273,14 +299,17 @@ impl Streamed {
                 )
             }));
         }
-        // SAFETY: the registration is one static object; registering it twice is harmless but avoided by Session.
-        let device = unsafe {
+        let (count, split) = devices_split()?;
+        // SAFETY: the registration is one static object, with so many devices; registering it twice is harmless but avoided
+        // by Session.
+        let devices = unsafe {
             let registration = ggml_backend_flea_reg();
             if llama::ggml_backend_reg_by_name(llama::ggml_backend_reg_name(registration)).is_null()
             {
                 llama::ggml_backend_register(registration);
             }
-            llama::ggml_backend_reg_dev_get(registration, 0)
+            let device = |place| llama::ggml_backend_reg_dev_get(registration, place);
+            (0..count).map(device).collect()
         };
         let row_tables = match options.host_rows {
             true => Vec::new(),
@@ -288,20 +317,20 @@ impl Streamed {
         };
         Ok(Self {
             handle,
-            device,
+            devices,
+            split,
             row_tables,
             kv_disk,
         })
     }
 
-    /// Names of the tables of embeddings that the device reads row by row. llama.cpp gives it none of its own accord.
-    pub(crate) fn row_tables(&self) -> &[String] {
-        &self.row_tables
-    }
-
-    /// The device weights are placed on.
-    pub(crate) const fn device(&self) -> llama::ggml_backend_dev_t {
-        self.device
+    /// The devices weights are placed on.
+    pub(crate) fn devices(&self) -> Devices<'_> {
+        Devices {
+            devices: &self.devices,
+            split: &self.split,
+            tables: &self.row_tables,
+        }
     }
 
     /// Keys and values that are moved out of memory.
@@ -408,9 +437,9 @@ impl Handle {
             .map(|(_, name)| *name)
             .collect();
         figures.mirrors = self.model().stats().mirrors;
-        figures.gpu = self.model().gpu().map(|plan| GpuFigures {
-            plan,
-            link: self.model().link_counters(),
+        let each = self.model().gpus();
+        figures.gpu = (!each.is_empty()).then(|| GpuFigures {
+            each,
             // SAFETY: reads a counter, from any thread.
             releases_behind_gpu: unsafe { ggml_backend_flea_releases_behind_gpu() },
         });

@@ -4,7 +4,7 @@
 use crate::engine::Stats;
 use crate::host::kv_disk::KvDiskFigures;
 use crate::io::mirror::CopyStats;
-use crate::proto::opened::{self, LinkCounters};
+use crate::proto::gpus;
 
 /// Everything `--json` says about memory and streaming. In a plain run counters are 0 and what a plan would say is absent.
 #[derive(Debug, Clone, Default)]
@@ -87,13 +87,11 @@ pub struct Figures {
     pub gpu: Option<GpuFigures>,
 }
 
-/// What a GPU's memory held, and what came into it.
-#[derive(Debug, Clone, Copy, Default)]
+/// What the memory of GPUs held, and what came into it.
+#[derive(Debug, Clone, Default)]
 pub struct GpuFigures {
-    /// The plan of its memory.
-    pub plan: opened::GpuFigures,
-    /// What has come over the link.
-    pub link: LinkCounters,
+    /// Each of them, in the order of their layers.
+    pub each: Vec<gpus::GpuFigures>,
     /// Leases that were given back behind an event of the GPU, nobody waiting.
     pub releases_behind_gpu: u64,
 }
@@ -113,6 +111,15 @@ pub struct DecodeFigures {
     pub expert_cuts: u64,
     /// Time with reads in flight.
     pub read_seconds: f64,
+}
+
+impl GpuFigures {
+    /// All of them together.
+    #[must_use]
+    pub fn all(&self) -> gpus::GpuFigures {
+        let all = self.each.iter().copied().reduce(gpus::GpuFigures::with);
+        all.unwrap_or_default()
+    }
 }
 
 impl DecodeFigures {

@@ -224,9 +224,16 @@ impl Session {
     }
 
     /// Sends events to `trace`; before the first prompt. A plain run has none.
-    pub fn trace_into(&self, trace: Arc<Trace>) {
-        if let Some(streamed) = &self.streamed {
-            streamed.handle().model().trace_into(trace);
+    ///
+    /// # Errors
+    /// `Unsupported` where several GPUs compute.
+    pub fn trace_into(&self, trace: Arc<Trace>) -> Result<()> {
+        match &self.streamed {
+            Some(streamed) if !streamed.handle().model().trace_into(trace) => Err(Error::new(
+                ErrorKind::Unsupported,
+                "what several GPUs do is not traced: trace one of them",
+            )),
+            _ => Ok(()),
         }
     }
 
@@ -487,7 +494,7 @@ fn load_streamed(
 ) -> Result<(LlamaModel, u64)> {
     let shown = virtual_file(&files)?;
     let mut file = ModelFile::open(shown, files, Some(streamed.in_window()))?;
-    let origin = Origin::Stream(&mut file, streamed.device(), streamed.row_tables());
+    let origin = Origin::Stream(&mut file, streamed.devices());
     let model = LlamaModel::load(origin, progress)?;
     streamed.loaded();
     if file.skipped_bytes() == 0 {

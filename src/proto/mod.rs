@@ -9,6 +9,7 @@
 mod attached;
 mod control;
 mod fetch;
+pub mod gpus;
 mod inherit;
 mod lease;
 pub mod message;

@@ -3,14 +3,14 @@
 #![allow(unsafe_code)]
 
 use super::Attached;
+use super::gpus::{self, GpuFigures, GpuShare, LinkCounters};
 #[cfg(feature = "cuda")]
-use crate::engine::gpu::{GpuModel, GpuOptions};
+use crate::engine::gpu::{GpuModel, Gpus};
 use crate::engine::{BudgetReport, Model, OpenOptions, Stats, Trace};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mem::Backing;
 use crate::model::Catalog;
 use crate::plan::Plan;
-use crate::units::MemorySpec;
 use std::ffi::c_void;
 use std::path::Path;
 use std::sync::Arc;
@@ -69,40 +69,18 @@ impl PlanFigures {
             expert_cache_bytes: plan.cache_bytes(),
         }
     }
-}
 
-/// The plan of a GPU's memory in numbers.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct GpuFigures {
-    /// Which GPU.
-    pub index: u32,
-    /// What weights may take of its memory.
-    pub vram_budget_bytes: u64,
-    /// What stays there.
-    pub vram_resident_bytes: u64,
-    /// All slots there.
-    pub vram_ring_bytes: u64,
-    /// What comes over the link in each pass; of a compressed model known exactly once host memory is planned.
-    pub link_bytes_per_pass: u64,
-    /// The weights in it: more, where they come compressed.
-    pub link_weights_bytes_per_pass: u64,
-}
-
-/// What has come over the link so far.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct LinkCounters {
-    /// Bytes copied into the memory of a GPU.
-    pub h2d_bytes: u64,
-    /// Of those: out of pinned memory.
-    pub h2d_pinned_bytes: u64,
-    /// Of those: into pages that stay there.
-    pub h2d_resident_bytes: u64,
-    /// Copies they took.
-    pub copies: u64,
-    /// Host memory that is pinned.
-    pub pinned_bytes: u64,
-    /// Weights that came compressed and were unpacked on the GPU.
-    pub unpacked_bytes: u64,
+    /// Both together; a slot is then the longer one.
+    #[cfg(feature = "cuda")]
+    fn with(self, other: Self) -> Self {
+        Self {
+            slot_bytes: self.slot_bytes.max(other.slot_bytes),
+            resident_bytes: self.resident_bytes + other.resident_bytes,
+            ring_bytes: self.ring_bytes + other.ring_bytes,
+            streamed_bytes_per_pass: self.streamed_bytes_per_pass + other.streamed_bytes_per_pass,
+            expert_cache_bytes: self.expert_cache_bytes + other.expert_cache_bytes,
+        }
+    }
 }
 
 /// An open model.
@@ -112,9 +90,9 @@ pub enum Opened {
     Local(Box<Model>),
     /// In the daemon.
     Daemon(Box<Attached>),
-    /// In this process, weights on a GPU.
+    /// In this process, weights on a GPU, or on several.
     #[cfg(feature = "cuda")]
-    Gpu(Box<GpuModel>),
+    Gpu(Box<Gpus>),
 }
 
 impl Opened {
@@ -129,93 +107,73 @@ impl Opened {
         }
     }
 
-    /// Opens `path` in this process with weights on a GPU, which may take `vram` of its memory; `slots_count` 0 is the default.
+    /// Opens `path` in this process with weights on GPUs, of whose memory they may take what `gpus` say; `slots_count` 0 is the
+    /// default.
     ///
     /// # Errors
-    /// Those of [`GpuModel::open`]; `Unsupported` in a build without CUDA.
+    /// Those of [`Gpus::open`]; `Unsupported` in a build without CUDA.
     #[cfg(feature = "cuda")]
-    pub fn open_on_gpu(
+    pub fn open_on_gpus(
         path: &Path,
-        index: u32,
-        vram: MemorySpec,
+        gpus: &[GpuShare],
         slots_count: u32,
         options: OpenOptions,
     ) -> Result<Self> {
-        let vram_bytes = match vram {
-            MemorySpec::Bytes(bytes) => bytes,
-            MemorySpec::Percent(percent) => {
-                let (catalog, _) = crate::engine::read_catalog(path)?;
-                (catalog.model_bytes as f64 * percent / 100.0) as u64
-            }
-            MemorySpec::Auto => {
-                let context =
-                    "how much of the GPU's memory weights may take has to be said: 8GiB, or 25%";
-                return Err(Error::new(ErrorKind::Invalid, context));
-            }
-        };
-        let gpu = GpuOptions {
-            index,
-            vram_bytes,
-            slots_count: match slots_count {
-                0 => crate::plan::SLOTS_DEFAULT,
-                count => count,
-            },
-        };
-        Ok(Self::Gpu(Box::new(GpuModel::open(path, &gpu, options)?)))
+        let chosen = gpus::options(path, gpus, slots_count)?;
+        Ok(Self::Gpu(Box::new(Gpus::open(path, &chosen, options)?)))
     }
 
-    /// Opens `path` with weights on a GPU.
+    /// Opens `path` with weights on GPUs.
     ///
     /// # Errors
     /// `Unsupported`: this build has no CUDA.
     #[cfg(not(feature = "cuda"))]
-    pub fn open_on_gpu(
+    pub fn open_on_gpus(
         _path: &Path,
-        _index: u32,
-        _vram: MemorySpec,
+        _gpus: &[GpuShare],
         _slots_count: u32,
         _options: OpenOptions,
     ) -> Result<Self> {
         Err(crate::mem::gpu::not_built())
     }
 
-    /// The plan of the GPU's memory; `None` where weights are in host memory.
+    /// The plan of each GPU's memory, in the order of their layers; none where weights are in host memory.
     #[must_use]
-    pub fn gpu(&self) -> Option<GpuFigures> {
+    pub fn gpus(&self) -> Vec<GpuFigures> {
+        match self {
+            Self::Local(_) | Self::Daemon(_) => Vec::new(),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(model) => model.parts().iter().map(GpuFigures::of).collect(),
+        }
+    }
+
+    /// The GPU that has a layer, by its number; `None` where weights are in host memory.
+    #[must_use]
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    pub fn gpu_of(&self, layer: u32) -> Option<u32> {
         match self {
             Self::Local(_) | Self::Daemon(_) => None,
             #[cfg(feature = "cuda")]
             Self::Gpu(model) => {
-                let vram = model.vram();
-                Some(GpuFigures {
-                    index: model.context().index(),
-                    vram_budget_bytes: vram.plan.weight_budget_bytes,
-                    vram_resident_bytes: vram.plan.resident_bytes,
-                    vram_ring_bytes: vram.plan.ring_bytes,
-                    link_bytes_per_pass: model.link_bytes_per_pass(),
-                    link_weights_bytes_per_pass: vram.link_bytes_per_pass(),
-                })
+                let part = model.part_of(layer).ok()?;
+                Some(part.model().context().index())
             }
         }
     }
 
-    /// What has come over the link; zeros where weights are in host memory.
+    /// The plans of all GPUs' memory together, under the number of the first; `None` where weights are in host memory.
+    #[must_use]
+    pub fn gpu(&self) -> Option<GpuFigures> {
+        self.gpus().into_iter().reduce(GpuFigures::with)
+    }
+
+    /// What has come over the links; zeros where weights are in host memory.
     #[must_use]
     pub fn link_counters(&self) -> LinkCounters {
         match self {
             Self::Local(_) | Self::Daemon(_) => LinkCounters::default(),
             #[cfg(feature = "cuda")]
-            Self::Gpu(model) => {
-                let stats = model.stats();
-                LinkCounters {
-                    h2d_bytes: stats.h2d_bytes,
-                    h2d_pinned_bytes: stats.h2d_pinned_bytes,
-                    h2d_resident_bytes: stats.h2d_resident_bytes,
-                    copies: stats.copies,
-                    pinned_bytes: stats.pinned_bytes,
-                    unpacked_bytes: stats.unpacked_bytes,
-                }
-            }
+            Self::Gpu(model) => LinkCounters::of(&model.stats()),
         }
     }
 
@@ -259,7 +217,10 @@ impl Opened {
         match self {
             Self::Local(model) => model.plan().map(PlanFigures::of),
             #[cfg(feature = "cuda")]
-            Self::Gpu(model) => model.host_plan().map(PlanFigures::of),
+            Self::Gpu(model) => model
+                .host_plans()
+                .map(PlanFigures::of)
+                .reduce(PlanFigures::with),
             Self::Daemon(model) => {
                 let figures = model.figures();
                 Some(PlanFigures {
@@ -291,7 +252,7 @@ impl Opened {
             Self::Local(model) => model.page_bytes(),
             Self::Daemon(model) => model.figures().page_bytes,
             #[cfg(feature = "cuda")]
-            Self::Gpu(model) => model.vram().plan.page_bytes,
+            Self::Gpu(model) => first(model).vram().plan.page_bytes,
         }
     }
 
@@ -302,7 +263,7 @@ impl Opened {
             Self::Local(model) => model.slots_count(),
             Self::Daemon(model) => model.figures().slots_count,
             #[cfg(feature = "cuda")]
-            Self::Gpu(model) => model.vram().plan.slots_count,
+            Self::Gpu(model) => first(model).vram().plan.slots_count,
         }
     }
 
@@ -317,13 +278,13 @@ impl Opened {
         }
     }
 
-    /// See [`Model::trace_into`]. The daemon traces nothing for its clients: false.
+    /// See [`Model::trace_into`]. The daemon traces nothing for its clients, and what several GPUs do is not traced: false.
     pub fn trace_into(&self, trace: Arc<Trace>) -> bool {
         match self {
             Self::Local(model) => model.trace_into(trace),
             Self::Daemon(_) => return false,
             #[cfg(feature = "cuda")]
-            Self::Gpu(model) => model.trace_into(trace),
+            Self::Gpu(model) => return model.trace_into(trace),
         }
         true
     }
@@ -335,7 +296,14 @@ impl Opened {
             Self::Local(model) => model.profile().to_string(),
             Self::Daemon(_) => "the daemon's".to_owned(),
             #[cfg(feature = "cuda")]
-            Self::Gpu(model) => format!("GPU {}", model.context().index()),
+            Self::Gpu(model) => {
+                let numbers = model
+                    .parts()
+                    .iter()
+                    .map(|part| part.model().context().index());
+                let numbers: Vec<String> = numbers.map(|index| index.to_string()).collect();
+                format!("GPU {}", numbers.join(", "))
+            }
         }
     }
 
@@ -415,7 +383,7 @@ impl Opened {
             #[cfg(feature = "cuda")]
             Self::Gpu(model) => {
                 // SAFETY: by this function's contract.
-                let event = unsafe { model.relay().behind(event) }?;
+                let event = unsafe { model.relay(layer)?.behind(event) }?;
                 model.release_after(layer, event)
             }
         }
@@ -551,9 +519,15 @@ impl Opened {
     }
 }
 
+/// The first GPU: what all of them have alike.
+#[cfg(feature = "cuda")]
+fn first(model: &Gpus) -> &GpuModel {
+    model.parts()[0].model()
+}
+
 /// Counters of a GPU's leases, and of the drive below them.
 #[cfg(feature = "cuda")]
-fn gpu_stats(model: &GpuModel) -> Stats {
+fn gpu_stats(model: &Gpus) -> Stats {
     let stats = model.stats();
     Stats {
         acquires: stats.acquires,

@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::engine::gpu::{GpuModel, GpuStats};
+use crate::engine::gpu::{GpuStats, Gpus, Part};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mem::cuda::Readback;
 use crate::plan::image::Piece;
@@ -45,7 +45,7 @@ pub struct Outcome {
 ///
 /// # Errors
 /// What an acquire gives; `Canceled` when `stop` is raised.
-pub fn measure(model: &GpuModel, passes_count: u32, stop: &AtomicBool) -> Result<Outcome> {
+pub fn measure(model: &Gpus, passes_count: u32, stop: &AtomicBool) -> Result<Outcome> {
     let began = Instant::now();
     let mut passes = Vec::with_capacity(passes_count as usize);
     let mut before = model.stats();
@@ -71,7 +71,7 @@ pub fn measure(model: &GpuModel, passes_count: u32, stop: &AtomicBool) -> Result
 }
 
 /// Waits as long as it takes, but not when asked to stop.
-fn acquire(model: &GpuModel, layer: u32, stop: &AtomicBool) -> Result<()> {
+fn acquire(model: &Gpus, layer: u32, stop: &AtomicBool) -> Result<()> {
     loop {
         if stop.load(Ordering::Relaxed) {
             return Err(Error::new(ErrorKind::Canceled, "interrupted"));
@@ -89,7 +89,7 @@ fn acquire(model: &GpuModel, layer: u32, stop: &AtomicBool) -> Result<()> {
 ///
 /// # Errors
 /// `Checksum` naming the first layer, file and offset that differ; what an acquire, the driver or the plain read gives.
-pub fn verify(model: &GpuModel, stop: &AtomicBool) -> Result<u64> {
+pub fn verify(model: &Gpus, stop: &AtomicBool) -> Result<u64> {
     let open = |path: &std::path::Path| {
         File::open(path).map_err(|error| Error::from_io(&error, format!("open {}", path.display())))
     };
@@ -97,36 +97,42 @@ pub fn verify(model: &GpuModel, stop: &AtomicBool) -> Result<u64> {
     let files = shards
         .map(|shard| open(&shard.path))
         .collect::<Result<Vec<File>>>()?;
-    let mut readback = Readback::new(model.context())?;
     let mut compared_bytes = 0;
-    for layer in 0..model.catalog().layers.len() {
-        acquire(model, layer as u32, stop)?;
-        compared_bytes += Check {
-            model,
-            files: &files,
-            layer,
+    for part in model.parts() {
+        let mut readback = Readback::new(part.model().context())?;
+        for layer in part.layers().clone() {
+            acquire(model, layer, stop)?;
+            compared_bytes += Check {
+                model,
+                part,
+                files: &files,
+                layer,
+            }
+            .run(&mut readback)?;
         }
-        .run(&mut readback)?;
     }
     Ok(compared_bytes)
 }
 
 /// A layer that is leased.
 struct Check<'a> {
-    model: &'a GpuModel,
+    model: &'a Gpus,
+    part: &'a Part,
     files: &'a [File],
-    layer: usize,
+    layer: u32,
 }
 
 impl Check<'_> {
     /// Reads the layer step by step and gives its lease back behind the last of them.
     fn run(&self, readback: &mut Readback) -> Result<u64> {
-        let pieces = &self.model.vram().image.pieces[self.layer];
+        let gpu = self.part.model();
+        let local = self.layer - self.part.layers().start;
+        let pieces = &gpu.vram().image.pieces[local as usize];
         let mut coming: Vec<Piece> = Vec::new();
         let mut compared_bytes = 0;
         let mut last = None;
         for step in pieces.iter().flat_map(cut) {
-            let at = self.model.pool().base() + step.offset_bytes;
+            let at = gpu.pool().base() + step.offset_bytes;
             let len = (step.end_bytes() - step.offset_bytes) as usize;
             if !readback.has_room(len) {
                 compared_bytes += self.take(&mut coming, readback)?;
@@ -135,8 +141,8 @@ impl Check<'_> {
             coming.push(step);
         }
         match last {
-            Some(read) => self.model.release_after(self.layer as u32, read)?,
-            None => self.model.release(self.layer as u32)?,
+            Some(read) => self.model.release_after(self.layer, read)?,
+            None => self.model.release(self.layer)?,
         }
         Ok(compared_bytes + self.take(&mut coming, readback)?)
     }
@@ -154,7 +160,7 @@ impl Check<'_> {
     fn compare(&self, step: &Piece, found: &[u8]) -> Result<()> {
         let shard = step.file.shard_index as usize;
         let path = &self.model.catalog().shards[shard].path;
-        let label = &self.model.catalog().layers[self.layer].label;
+        let label = &self.model.catalog().layers[self.layer as usize].label;
         let mut expected = vec![0; found.len()];
         let data = &mut expected[..step.file.len_bytes as usize];
         match self.model.packed() {

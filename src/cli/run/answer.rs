@@ -5,7 +5,7 @@ use std::io::Write;
 use serde::Serialize;
 
 use crate::cli;
-use crate::cli::run::gpu::{self, GpuAnswer};
+use crate::cli::run::gpu::{self, GpusAnswer};
 use crate::cli::run::kv_disk::KvDiskAnswer;
 use crate::error::Result;
 use crate::host::{End, Figures, Generation, Session, Token};
@@ -64,7 +64,7 @@ struct Answer<'a> {
     decode_read_seconds: f64,
     expert_guesses: u64,
     expert_guesses_right: u64,
-    gpu: Option<GpuAnswer>,
+    gpu: Option<GpusAnswer>,
 }
 
 fn per_second(count: usize, seconds: f64) -> f64 {
@@ -148,7 +148,7 @@ pub fn print_answer(session: &Session, generation: &Generation, figures: &Figure
         decode_read_seconds: figures.decode.read_seconds,
         expert_guesses: figures.expert_guesses,
         expert_guesses_right: figures.expert_guesses_right,
-        gpu: figures.gpu.as_ref().map(GpuAnswer::from),
+        gpu: figures.gpu.as_ref().map(GpusAnswer::from),
     })
 }
 

@@ -17,7 +17,9 @@ mod direct;
 mod feed;
 mod opening;
 mod packed;
+mod several;
 mod source;
+mod sums;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -44,6 +46,7 @@ use direct::Direct;
 use feed::{Core, Counted, Feed};
 pub use opening::catalog_of;
 use opening::{open_files, start_direct, unpacking};
+pub use several::{Gpus, Part};
 use source::{Source, Sources};
 
 /// Copied, waited for and counted as one: short enough that compute can begin while a layer arrives, long enough that an
@@ -131,6 +134,15 @@ impl GpuModel {
     pub fn open(path: &Path, gpu: &GpuOptions, options: OpenOptions) -> Result<Self> {
         let (packed, catalog, files) = open_files(path)?;
         let files: Arc<[ShardFile]> = mirror::open(files, &options.mirrors)?.into();
+        Self::of((packed, catalog, files), gpu, options)
+    }
+
+    /// [`GpuModel::open`] for a catalog and shards that are at hand.
+    fn of(
+        (packed, catalog, files): (Option<Arc<CodedFile>>, Catalog, Arc<[ShardFile]>),
+        gpu: &GpuOptions,
+        options: OpenOptions,
+    ) -> Result<Self> {
         let context = Context::new(gpu.index)?;
         let wants_direct = options.reader.kind == ReaderKind::Gds;
         let (direct, not_direct) = match wants_direct {

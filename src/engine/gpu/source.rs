@@ -61,6 +61,12 @@ pub(super) struct Copied {
     pub(super) unpacked_bytes: u64,
 }
 
+/// How what is read once is planned.
+const PLAN_ONCE: PlanOptions = PlanOptions {
+    slots_count: SLOTS_DEFAULT,
+    page_bytes: PAGE_4K,
+};
+
 /// Everything a GPU's bytes come from.
 #[derive(Debug, Default)]
 pub(super) struct Sources {
@@ -89,18 +95,14 @@ impl Sources {
         };
         let (once, first_layers) = resident_catalog(catalog, vram, layout);
         let once = stored(once)?;
-        let plan_once = PlanOptions {
-            slots_count: SLOTS_DEFAULT,
-            page_bytes: PAGE_4K,
-        };
-        let once_bytes = smallest_budget_bytes(&once, &plan_once)?;
+        let once_bytes = smallest_budget_bytes(&once, &PLAN_ONCE)?;
         let resident = match once.layers.is_empty() {
             true => None,
             false => {
                 let options = OpenOptions {
                     budget: BudgetSpec::Pool(once_bytes),
-                    slots_count: plan_once.slots_count,
-                    page_bytes: Some(plan_once.page_bytes),
+                    slots_count: PLAN_ONCE.slots_count,
+                    page_bytes: Some(PLAN_ONCE.page_bytes),
                     ..below_options(options, RESIDENT)
                 };
                 let source = Source::open(once, files, options, (context, packed), first_layers)?;
@@ -122,6 +124,35 @@ impl Sources {
         };
         Ok(Self { below, resident })
     }
+}
+
+/// The least host memory with which the models below can be opened.
+///
+/// # Errors
+/// As [`smallest_budget_bytes`].
+pub(super) fn least_bytes(
+    catalog: &Catalog,
+    vram: &VramPlan,
+    layout: &Layout,
+    options: &OpenOptions,
+    packed: Option<&CodedFile>,
+) -> Result<u64> {
+    let stored = |catalog: Catalog| match packed {
+        Some(file) => stored_catalog(file, &catalog),
+        None => Ok(catalog),
+    };
+    let once = stored(resident_catalog(catalog, vram, layout).0)?;
+    let below = match vram.plan.transient_layers_count() {
+        0 => 0,
+        _ => smallest_budget_bytes(
+            &stored(vram.below.clone())?,
+            &PlanOptions {
+                slots_count: options.slots_count,
+                page_bytes: options.page_bytes.unwrap_or(PAGE_4K),
+            },
+        )?,
+    };
+    Ok(smallest_budget_bytes(&once, &PLAN_ONCE)? + below)
 }
 
 /// The layers of a model below are those of the model above.
