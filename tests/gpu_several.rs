@@ -504,10 +504,8 @@ fn a_host_is_told_which_gpu_and_gives_events_of_it() {
             "layer {layer}"
         );
         // SAFETY: the address is only compared.
-        assert_eq!(
-            unsafe { calls::flea_layer_of(open.0, weight.data) },
-            layer as i32
-        );
+        let found = unsafe { calls::flea_layer_of(open.0, weight.data) };
+        assert_eq!(found, layer as i32);
         assert_eq!(acquire(&open, layer), 0, "{}", last_error());
         // SAFETY: leased memory of the fake GPU, mapped in this process.
         let there =

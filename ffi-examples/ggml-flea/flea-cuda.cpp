@@ -138,16 +138,26 @@ int places_count() {
 
 const Gpu * gpu(int place) {
     State & s = state();
-    std::string error;
-    int32_t status = FLEA_OK;
+    // Taken for the whole search, and alone: the registry asks every device for its name, those of this library too.
+    static std::mutex searching;
+    std::lock_guard<std::mutex> search(searching);
+    uint32_t index = 0;
     {
         std::lock_guard<std::mutex> guard(s.mutex);
         if (place < 0 || place >= (int) wanted(s).size()) { return nullptr; }
-        Gpu & found = s.gpus[place];
-        if (found.device) { return &found; }
+        if (s.gpus[place].device) { return &s.gpus[place]; }
         if (s.told) { return nullptr; }
-        status = find(wanted(s)[(size_t) place], environment().ggml_cuda.c_str(), found, error);
-        if (status == FLEA_OK) { return &found; }
+        index = wanted(s)[(size_t) place];
+    }
+    Gpu found;
+    std::string error;
+    const int32_t status = find(index, environment().ggml_cuda.c_str(), found, error);
+    {
+        std::lock_guard<std::mutex> guard(s.mutex);
+        if (status == FLEA_OK) {
+            s.gpus[place] = found;
+            return &s.gpus[place];
+        }
         s.told = true;
     }
     fail(status, error);
