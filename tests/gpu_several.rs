@@ -53,7 +53,7 @@ fn every_byte_arrives_on_the_gpu_that_has_its_layer() {
     for (vram, memory, what) in [
         ("24MiB", "65%", "all three tiers"),
         ("24MiB", "120%", "no drive"),
-        ("40MiB,20MiB", "65%", "one GPU has twice as much"),
+        ("48MiB,24MiB", "65%", "one GPU has twice as much"),
         ("200MiB", "65%", "all in VRAM"),
     ] {
         let arguments = format!("--gpu 0,1 --vram {vram} --memory {memory} --passes 3 --verify");
@@ -128,7 +128,7 @@ fn every_byte_arrives_on_the_gpu_that_has_its_layer() {
             .collect::<Vec<_>>()
     };
     assert_eq!(counts("48MiB,24MiB"), [7.0, 4.0]);
-    assert_eq!(counts("30%"), [5.0, 6.0]);
+    assert_eq!(counts("40%"), [5.0, 6.0]);
 }
 
 /// Host memory is divided once: what both may hold together is what was given.

@@ -18,6 +18,10 @@ fn model() -> std::path::PathBuf {
     common::synth("cuda", &arguments.split(' ').collect::<Vec<_>>())
 }
 
+/// What is read once is read through a ring of its own, which goes on at its beginning until all is in VRAM: three slots of a
+/// piece, and what is in flight.
+const RESIDENT_AHEAD: f64 = (4 * 4 << 20) as f64;
+
 /// Walks with a trace; gives what was counted and what was traced.
 fn walk(model: &Path, arguments: &str) -> (Value, Value) {
     let directory = tempfile::tempdir().expect("a directory");
@@ -72,11 +76,11 @@ fn assert_accounts(answer: &Value, trace: &Value, what: &str) {
             "{what}: {} of {h2d}",
             bytes(&copies)
         ),
-        // Nothing is read ahead: to the byte.
-        false => assert_eq!((bytes(&copies), bytes(&reads)), (h2d, read), "{what}"),
+        // Nothing is copied ahead: to the byte.
+        false => assert_eq!(bytes(&copies), h2d, "{what}"),
     }
     assert!(
-        (read..=read + 2.0 * ahead).contains(&bytes(&reads)),
+        (read..=read + 2.0 * ahead + RESIDENT_AHEAD).contains(&bytes(&reads)),
         "{what}: {} of {read}",
         bytes(&reads)
     );

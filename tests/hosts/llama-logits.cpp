@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -40,7 +41,7 @@ struct Options {
 };
 
 const char usage[] =
-    "usage: llama-logits -m MODEL --prompt-tokens 1,5,9 [-n N] [-o LOGITS] [--device FLEA|none] [--threads N] [--ubatch N]\n"
+    "usage: llama-logits -m MODEL --prompt-tokens 1,5,9 [-n N] [-o LOGITS] [--device FLEA|FLEA0,FLEA1|none] [--threads N] [--ubatch N]\n"
     "                    [--ctx N] [--contexts N] [--ngl N] [--lora FILE] [--load-mode auto|none|mmap|dio] [--repack]\n"
     "                    [--flash-attn auto|on|off] [--experts FILE] [--on-device REGEX] [-v]\n";
 
@@ -168,9 +169,10 @@ void write(const std::string & path, const std::vector<float> & values) {
 
 std::vector<ggml_backend_dev_t> devices_of(const Options & options) {
     std::vector<ggml_backend_dev_t> devices;
-    if (options.device != "none") {
-        devices.push_back(ggml_backend_dev_by_name(options.device.c_str()));
-        if (!devices[0]) { throw std::runtime_error("no device " + options.device); }
+    std::istringstream names(options.device == "none" ? "" : options.device);
+    for (std::string name; std::getline(names, name, ',');) {
+        devices.push_back(ggml_backend_dev_by_name(name.c_str()));
+        if (!devices.back()) { throw std::runtime_error("no device " + name); }
     }
     devices.push_back(nullptr);
     return devices;

@@ -467,7 +467,6 @@ impl GpuModel {
         let pins = core.below.get().map(|below| below.stage().pinned());
         let counted = &core.counted;
         let state = core.hall.state();
-        let resident_read = counted.resident_read_bytes.load(Ordering::Relaxed);
         GpuStats {
             acquires: state.acquires,
             releases: state.releases,
@@ -483,7 +482,7 @@ impl GpuModel {
             not_pinned: pins
                 .and_then(|pins| pins.failure())
                 .map(|error| error.to_string()),
-            bytes_read: host.bytes_read + resident_read + core.resident_bytes_read() + direct_bytes,
+            bytes_read: host.bytes_read + core.resident_bytes_read() + direct_bytes,
             direct_bytes,
             host,
         }
@@ -553,9 +552,11 @@ impl Core {
             .clone()
     }
 
+    /// Read for resident pages; asked under the lock in which the model they came from gives its count away and goes.
     fn resident_bytes_read(&self) -> u64 {
-        self.resident_source()
-            .map_or(0, |source| source.bytes_read())
+        let source = self.resident.lock().unwrap_or_else(PoisonError::into_inner);
+        let gone_bytes = self.counted.resident_read_bytes.load(Ordering::Relaxed);
+        gone_bytes + source.as_ref().map_or(0, |source| source.bytes_read())
     }
 }
 
