@@ -3,7 +3,9 @@
 #![allow(unsafe_code)]
 
 use super::Attached;
-use super::gpus::{self, GpuFigures, GpuShare, LinkCounters};
+#[cfg(feature = "cuda")]
+use super::gpus;
+use super::gpus::{GpuFigures, GpuShare, LinkCounters};
 #[cfg(feature = "cuda")]
 use crate::engine::gpu::{GpuModel, Gpus};
 use crate::engine::{BudgetReport, Model, OpenOptions, Stats, Trace};
