@@ -20,7 +20,7 @@ fn model() -> std::path::PathBuf {
 
 /// What is read once is read through a ring of its own, which goes on at its beginning until all is in VRAM: three slots of a
 /// piece, and what is in flight.
-const RESIDENT_AHEAD: f64 = (4 * 4 << 20) as f64;
+const RESIDENT_AHEAD: f64 = (16 << 20) as f64;
 
 /// Walks with a trace; gives what was counted and what was traced.
 fn walk(model: &Path, arguments: &str) -> (Value, Value) {

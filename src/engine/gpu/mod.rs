@@ -1,6 +1,6 @@
 //! A model on a GPU: the same leases, with weights in VRAM.
 //!
-//! Two engines, one above the other. Below stands a [`Model`] in host memory over just what the upper plan does not keep in
+//! Two engines, one above the other. Below stands a [`super::Model`] in host memory over just what the upper plan does not keep in
 //! VRAM: it reads the drive into pinned slots and keeps what fits. Above, the same bookkeeping (`state`) hands out slots of
 //! VRAM; `feed` fills them with copies that begin as soon as the bytes below have landed. What stays in VRAM is read once,
 //! through a small model of its own, which then goes.
