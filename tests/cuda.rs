@@ -7,12 +7,12 @@ mod common;
 mod fake_cuda;
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
-use common::{flea, json, number, output};
-use fake_cuda::{load_here, with_gpu};
+use common::{flea, json, number, output, padded_model as model, text};
+use fake_cuda::{Driver, stream_on_gpu_0 as stream, with_gpu};
 use flea::ErrorKind;
 use flea::engine::gpu::{GpuModel, GpuOptions};
 use flea::engine::{BudgetSpec, OpenOptions, read_catalog};
@@ -20,32 +20,6 @@ use flea::mem::cuda::pool::Place;
 use flea::mem::cuda::{Context, Readback, Stream, VramPart, VramPool, VramView};
 use flea::plan::VramPlan;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-
-/// Ten layers of 8 MB whose rows are no multiple of 512, so that zeros stand behind every matrix.
-fn model() -> PathBuf {
-    let arguments = "--arch llama --layers 10 --embd 768 --ffn 2400 --heads 12 --kv-heads 4 --vocab 3000 --type q8_0";
-    let arguments: Vec<&str> = arguments.split(' ').collect();
-    common::synth("cuda", &arguments)
-}
-
-fn stream(model: &Path, arguments: &str, state: &[(&str, &str)]) -> Command {
-    let mut command = flea();
-    command.args(["bench", "stream"]).arg(model);
-    command.args(["--gpu", "0", "--json"]);
-    command.args(arguments.split_whitespace());
-    with_gpu(&mut command, state);
-    command
-}
-
-fn text(output: &Output) -> String {
-    let (stdout, stderr) = (&output.stdout, &output.stderr);
-    format!(
-        "{}\n{}\n{}",
-        output.status,
-        String::from_utf8_lossy(stdout),
-        String::from_utf8_lossy(stderr)
-    )
-}
 
 #[test]
 fn every_byte_arrives_whatever_the_tiers() {
@@ -380,7 +354,7 @@ const EXPECTED: &str = "FLEA_TEST_EXPECTED";
 
 #[test]
 fn another_process_sees_the_pool_and_a_refusal_is_told() {
-    load_here();
+    Driver::load();
     let (catalog, _) = read_catalog(&model()).expect("a model");
     let vram = VramPlan::new(&catalog, 48 << 20, 3).expect("a plan");
     let context = Context::new(0).expect("the fake GPU");
@@ -449,7 +423,7 @@ fn another_process_sees_the_pool_and_a_refusal_is_told() {
 /// The rules of leases, with weights in VRAM.
 #[test]
 fn leases_on_a_gpu_keep_the_rules() {
-    load_here();
+    Driver::load();
     let path = model();
     let gpu = GpuOptions {
         index: 0,

@@ -7,33 +7,15 @@ mod common;
 mod fake_cuda;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::{flea, json, number, output};
+use common::{flea, json, number, output, padded_model as model, text};
 use fake_cuda::with_gpu;
 use flea::ErrorKind;
 use flea::engine::gpu::{GpuModel, GpuOptions};
 use flea::engine::{BudgetSpec, OpenOptions, read_catalog};
 use flea::io::{ReaderKind, ReaderOptions};
-
-/// Ten layers of 8 MB, padded in VRAM.
-fn model() -> PathBuf {
-    let arguments = "--arch llama --layers 10 --embd 768 --ffn 2400 --heads 12 --kv-heads 4 --vocab 3000 --type q8_0";
-    let arguments: Vec<&str> = arguments.split(' ').collect();
-    common::synth("cuda", &arguments)
-}
-
-fn text(output: &Output) -> String {
-    let (stdout, stderr) = (&output.stdout, &output.stderr);
-    format!(
-        "{}\n{}\n{}",
-        output.status,
-        String::from_utf8_lossy(stdout),
-        String::from_utf8_lossy(stderr)
-    )
-}
 
 /// Gives a program the fake GPU and libcufile.
 fn with_cufile<'a>(command: &'a mut Command, state: &[(&str, &str)]) -> &'a mut Command {
@@ -42,11 +24,9 @@ fn with_cufile<'a>(command: &'a mut Command, state: &[(&str, &str)]) -> &'a mut 
 }
 
 fn stream(model: &Path, arguments: &str, state: &[(&str, &str)]) -> Command {
-    let mut command = flea();
-    command.args(["bench", "stream"]).arg(model);
-    command.args(["--gpu", "0", "--json", "--reader", "gds"]);
-    command.args(arguments.split_whitespace());
-    with_cufile(&mut command, state);
+    let arguments = format!("--reader gds {arguments}");
+    let mut command = fake_cuda::stream_on_gpu_0(model, &arguments, state);
+    command.env("LD_LIBRARY_PATH", fake_cuda::directory_with_cufile());
     command
 }
 

@@ -7,57 +7,18 @@ mod common;
 mod fake_cuda;
 
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 
-use common::{flea, json, number, output};
-use fake_cuda::with_gpu;
+use common::{compressed, json, number, output, text, tiled_model as original};
+use fake_cuda::stream_on_gpu_0 as stream;
 use flea::engine::read_catalog;
 use flea::io::ShardFile;
 use flea::io::packed::{self, Coding};
 use flea::model::coded::HEAD_BYTES;
 
-/// Eight layers of 7 MB, whose tiles begin anywhere in a page.
-fn original() -> PathBuf {
-    let arguments = "--arch llama --layers 8 --embd 576 --ffn 1600 --heads 9 --kv-heads 3 --vocab 2000 --type bf16";
-    let arguments: Vec<&str> = arguments.split(' ').collect();
-    common::synth("cuda-packed", &arguments)
-}
-
-/// It, compressed, in a directory of the test's own.
-fn packed(directory: &Path) -> PathBuf {
-    let output_path = directory.join("model.fleapack");
-    let mut command = flea();
-    command.args(["pack", "--compress"]).arg(original());
-    command.arg("-o").arg(&output_path);
-    let said = output(&mut command);
-    assert!(said.status.success(), "{}", text(&said));
-    output_path
-}
-
-fn stream(model: &Path, arguments: &str, state: &[(&str, &str)]) -> Command {
-    let mut command = flea();
-    command.args(["bench", "stream"]).arg(model);
-    command.args(["--gpu", "0", "--json"]);
-    command.args(arguments.split_whitespace());
-    with_gpu(&mut command, state);
-    command
-}
-
-fn text(output: &Output) -> String {
-    let (stdout, stderr) = (&output.stdout, &output.stderr);
-    format!(
-        "{}\n{}\n{}",
-        output.status,
-        String::from_utf8_lossy(stdout),
-        String::from_utf8_lossy(stderr)
-    )
-}
-
 #[test]
 fn every_weight_arrives_and_fewer_bytes_travel() {
     let directory = tempfile::tempdir().expect("a directory");
-    let packed = packed(directory.path());
+    let packed = compressed(directory.path());
     let (catalog, _) = read_catalog(&original()).expect("a model");
     let whole = catalog.layer_bytes() as f64;
     for (vram, memory, what) in [
@@ -111,7 +72,7 @@ fn every_weight_arrives_and_fewer_bytes_travel() {
 #[test]
 fn no_order_gives_other_weights() {
     let directory = tempfile::tempdir().expect("a directory");
-    let packed = packed(directory.path());
+    let packed = compressed(directory.path());
     let (catalog, _) = read_catalog(&original()).expect("a model");
     for (seed, delay, read) in [("2", "0", "0"), ("3", "1000", "0"), ("4", "0", "4000")] {
         let state = [
@@ -128,7 +89,7 @@ fn no_order_gives_other_weights() {
 #[test]
 fn damage_is_told_by_tensor_and_tile() {
     let directory = tempfile::tempdir().expect("a directory");
-    let path = packed(directory.path());
+    let path = compressed(directory.path());
     let parts = packed::open(&ShardFile::open(&path).expect("a file"))
         .expect("a compressed model")
         .parts;
@@ -169,7 +130,7 @@ fn damage_is_told_by_tensor_and_tile() {
 #[test]
 fn what_cannot_be_is_refused_clearly() {
     let directory = tempfile::tempdir().expect("a directory");
-    let packed = packed(directory.path());
+    let packed = compressed(directory.path());
     for (state, code, part) in [
         (("FAKE_CUDA_IMAGE", "refuse"), 1, "compute capability 8.0"),
         (

@@ -8,16 +8,11 @@ mod common;
 mod fake_cuda;
 
 use std::ffi::{CStr, CString};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use common::padded_model as model;
 use flea::ffi::calls;
 use flea::ffi::types::{FLEA_OPEN_DEFER_PLAN, flea_info, flea_model, flea_open_options};
-
-/// Ten layers whose rows are no multiple of 512.
-fn model() -> PathBuf {
-    let arguments = "--arch llama --layers 10 --embd 768 --ffn 2400 --heads 12 --kv-heads 4 --vocab 3000 --type q8_0";
-    common::synth("gpu-abi", &arguments.split(' ').collect::<Vec<_>>())
-}
 
 struct Open(*mut flea_model);
 
@@ -97,33 +92,12 @@ fn a_build_without_cuda_says_so() {
 #[cfg(feature = "cuda")]
 mod on_gpu {
     use super::*;
+    use crate::fake_cuda::Driver;
     use flea::ffi::types::{
         FLEA_E_INVALID, FLEA_E_NOTFOUND, FLEA_E_REFUSED, flea_stats_data, flea_tensor,
     };
     use std::ffi::c_void;
     use std::sync::atomic::{AtomicBool, Ordering};
-
-    /// The fake driver, loaded under the name that is looked for first, and the host's own calls of it.
-    struct Driver(*mut c_void);
-
-    impl Driver {
-        fn load() -> Self {
-            let path = fake_cuda::directory().join("libcuda.so");
-            let name = CString::new(path.to_str().expect("a path")).expect("a path");
-            // SAFETY: our own library, whose initialisers do nothing.
-            let library = unsafe { nix::libc::dlopen(name.as_ptr(), nix::libc::RTLD_NOW) };
-            assert!(!library.is_null());
-            Self(library)
-        }
-
-        /// A function of the driver, as a pointer to cast.
-        fn find(&self, name: &CStr) -> *mut c_void {
-            // SAFETY: the library is loaded and stays so.
-            let found = unsafe { nix::libc::dlsym(self.0, name.as_ptr()) };
-            assert!(!found.is_null(), "{name:?}");
-            found
-        }
-    }
 
     type Host = extern "C" fn(*mut c_void);
     type Make = unsafe extern "C" fn(*mut *mut c_void, u32) -> i32;

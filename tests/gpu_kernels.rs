@@ -34,7 +34,7 @@ impl Bench {
     fn new() -> Self {
         let gpu = std::env::var("FLEA_TEST_GPU").ok();
         if gpu.is_none() {
-            fake_cuda::load_here();
+            fake_cuda::Driver::load();
         }
         let index = gpu.map_or(0, |text| text.parse().expect("FLEA_TEST_GPU: a number"));
         let context = Context::new(index).expect("the GPU");

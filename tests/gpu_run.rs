@@ -8,10 +8,10 @@ mod common;
 mod fake_cuda;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 use std::sync::OnceLock;
 
-use common::{flea, json, number, output};
+use common::{compressed, flea, json, number, output, text, tiled_model};
 use fake_cuda::with_gpu;
 use serde_json::Value;
 
@@ -42,7 +42,7 @@ fn compile(name: &str, compiler: &str, arguments: &[&str]) -> PathBuf {
         .args(["-O1", "-fPIC", "-shared", "-o"])
         .arg(&library);
     let made = output(command.args(arguments));
-    assert!(made.status.success(), "{command:?}: {}", said(&made));
+    assert!(made.status.success(), "{command:?}: {}", text(&made));
     library
 }
 
@@ -63,16 +63,6 @@ fn ggml_cuda() -> &'static Path {
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         compile("libggml-cuda.so", "c++", &arguments)
     })
-}
-
-fn said(output: &Output) -> String {
-    let (stdout, stderr) = (&output.stdout, &output.stderr);
-    format!(
-        "{}\n{}\n{}",
-        output.status,
-        String::from_utf8_lossy(stdout),
-        String::from_utf8_lossy(stderr)
-    )
 }
 
 fn run(model: &Path, prompt: &str, arguments: &str) -> Command {
@@ -259,22 +249,10 @@ fn experts_come_with_their_layer() {
     assert_same(&plain, &whole, "a mixture, and no GPU");
 }
 
-/// A model of halves, and it compressed, in a directory of the test's own.
-fn compressed(directory: &Path) -> (PathBuf, PathBuf) {
-    let arguments = "--arch llama --layers 8 --embd 576 --ffn 1600 --heads 9 --kv-heads 3 --vocab 2000 --type bf16";
-    let original = common::synth("cuda-packed", &arguments.split(' ').collect::<Vec<_>>());
-    let packed = directory.join("model.fleapack");
-    let mut command = flea();
-    command.args(["pack", "--compress"]).arg(&original);
-    let answer = output(command.arg("-o").arg(&packed));
-    assert!(answer.status.success(), "{}", said(&answer));
-    (original, packed)
-}
-
 #[test]
 fn a_compressed_model_gives_the_tokens_of_its_original() {
     let directory = tempfile::tempdir().expect("a directory");
-    let (original, packed) = compressed(directory.path());
+    let (original, packed) = (tiled_model(), compressed(directory.path()));
     let plain = json(&mut run(&original, &prompt(), "--no-stream"));
     for (arguments, what) in [
         ("--gpu 0 --vram 64MiB --memory 40%", "three tiers"),
@@ -487,7 +465,7 @@ fn what_cannot_work_says_so_before_a_weight_is_read() {
             common::skip("this machine has an NVIDIA driver");
             continue;
         }
-        let text = said(&answer);
+        let text = text(&answer);
         assert_eq!(answer.status.code(), Some(exit), "{what}: {text}");
         assert!(text.contains(words), "{what}: {text}");
         let error: Value = serde_json::from_slice(&answer.stdout).expect("an object");
@@ -503,7 +481,7 @@ fn a_gpu_that_is_lost_ends_the_run_with_its_reason() {
         "--gpu 0 --vram 25% --memory 400%",
         &state,
     ));
-    let text = said(&answer);
+    let text = text(&answer);
     assert!(
         !answer.status.success() && text.contains("the GPU is lost to this process"),
         "{text}"

@@ -8,14 +8,12 @@ mod common;
 mod fake_cuda;
 
 use std::ffi::{CStr, CString, c_void};
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use common::{flea, json, number, output};
-use fake_cuda::with_gpu;
+use common::{json, number, output, padded_model as model};
+use fake_cuda::{Driver, stream};
 use flea::ErrorKind;
 use flea::engine::gpu::{GpuOptions, Gpus};
 use flea::engine::{BudgetSpec, OpenOptions, read_catalog};
@@ -25,20 +23,6 @@ use flea::ffi::types::{
     flea_model, flea_open_options, flea_tensor,
 };
 use serde_json::Value;
-
-/// Ten layers of 8 MB whose rows are no multiple of 512, and a head.
-fn model() -> PathBuf {
-    let arguments = "--arch llama --layers 10 --embd 768 --ffn 2400 --heads 12 --kv-heads 4 --vocab 3000 --type q8_0";
-    common::synth("gpu-several", &arguments.split(' ').collect::<Vec<_>>())
-}
-
-fn stream(model: &Path, arguments: &str, state: &[(&str, &str)]) -> Command {
-    let mut command = flea();
-    command.args(["bench", "stream"]).arg(model).arg("--json");
-    command.args(arguments.split_whitespace());
-    with_gpu(&mut command, state);
-    command
-}
 
 const TWO: (&str, &str) = ("FAKE_CUDA_DEVICES", "2");
 
@@ -263,9 +247,6 @@ fn what_cannot_be_had_names_the_gpu() {
 
 // ---- in this process
 
-/// The fake driver with two GPUs, and its calls.
-struct Driver(*mut c_void);
-
 type Host = extern "C" fn(*mut c_void);
 type Make = unsafe extern "C" fn(*mut *mut c_void, u32) -> i32;
 type Retain = unsafe extern "C" fn(*mut *mut c_void, i32) -> i32;
@@ -273,30 +254,17 @@ type One = unsafe extern "C" fn(*mut c_void) -> i32;
 type Two = unsafe extern "C" fn(*mut c_void, *mut c_void) -> i32;
 type Launch = unsafe extern "C" fn(*mut c_void, Host, *mut c_void) -> i32;
 
-impl Driver {
-    fn load() -> Self {
-        static TWO_GPUS: Once = Once::new();
-        // SAFETY: before the driver is loaded, and nobody else in this process changes or reads this variable meanwhile.
-        TWO_GPUS.call_once(|| unsafe { std::env::set_var(TWO.0, TWO.1) });
-        let path = fake_cuda::directory().join("libcuda.so");
-        let name = CString::new(path.to_str().expect("a path")).expect("a path");
-        // SAFETY: our own library, whose initialisers do nothing.
-        let library = unsafe { nix::libc::dlopen(name.as_ptr(), nix::libc::RTLD_NOW) };
-        assert!(!library.is_null());
-        Self(library)
-    }
-
-    fn find(&self, name: &CStr) -> *mut c_void {
-        // SAFETY: the library is loaded and stays so.
-        let found = unsafe { nix::libc::dlsym(self.0, name.as_ptr()) };
-        assert!(!found.is_null(), "{name:?}");
-        found
-    }
+/// The fake driver with two GPUs.
+fn two_gpus() -> Driver {
+    static TWO_GPUS: Once = Once::new();
+    // SAFETY: before the driver is loaded, and nobody else in this process changes or reads this variable meanwhile.
+    TWO_GPUS.call_once(|| unsafe { std::env::set_var(TWO.0, TWO.1) });
+    Driver::load()
 }
 
 #[test]
 fn layers_addresses_and_errors_are_those_of_the_whole_model() {
-    let _driver = Driver::load();
+    let _driver = two_gpus();
     let path = model();
     let gpu = |index, vram_bytes| GpuOptions {
         index,
@@ -466,7 +434,7 @@ extern "C" fn read_slowly(kernel: *mut c_void) {
 
 #[test]
 fn a_host_is_told_which_gpu_and_gives_events_of_it() {
-    let driver = Driver::load();
+    let driver = two_gpus();
     let open = open(c"0,1", Some(c"32MiB,24MiB"), |_| {}).expect("two GPUs");
     // SAFETY: the model is open, the structure is ours.
     let info = filled(
@@ -576,7 +544,7 @@ fn a_host_is_told_which_gpu_and_gives_events_of_it() {
 
 #[test]
 fn what_a_host_asks_for_wrongly_is_said() {
-    let _driver = Driver::load();
+    let _driver = two_gpus();
     let size = Some(c"32MiB");
     for (gpus, vram, status, words) in [
         (c"0,0", size, FLEA_E_INVALID, "twice"),

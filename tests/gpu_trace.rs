@@ -9,14 +9,8 @@ mod fake_cuda;
 use std::collections::HashMap;
 use std::path::Path;
 
-use common::{flea, json, number, output};
+use common::{compressed, json, number, padded_model as model};
 use serde_json::Value;
-
-/// Ten layers of 8 MB, padded in VRAM.
-fn model() -> std::path::PathBuf {
-    let arguments = "--arch llama --layers 10 --embd 768 --ffn 2400 --heads 12 --kv-heads 4 --vocab 3000 --type q8_0";
-    common::synth("cuda", &arguments.split(' ').collect::<Vec<_>>())
-}
 
 /// What is read once is read through a ring of its own, which goes on at its beginning until all is in VRAM: three slots of a
 /// piece, and what is in flight.
@@ -26,11 +20,8 @@ const RESIDENT_AHEAD: f64 = (16 << 20) as f64;
 fn walk(model: &Path, arguments: &str) -> (Value, Value) {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("trace.json");
-    let mut command = flea();
-    command.args(["bench", "stream"]).arg(model);
-    command.args(["--gpu", "0", "--json", "--trace"]).arg(&path);
-    command.args(arguments.split(' '));
-    fake_cuda::with_gpu(&mut command, &[]);
+    let mut command = fake_cuda::stream_on_gpu_0(model, arguments, &[]);
+    command.arg("--trace").arg(&path);
     command.env("LD_LIBRARY_PATH", fake_cuda::directory_with_cufile());
     let answer = json(&mut command);
     let text = std::fs::read_to_string(&path).expect("a trace");
@@ -121,14 +112,8 @@ fn reads_and_copies_are_those_that_were_counted() {
 
 #[test]
 fn coded_weights_are_traced_as_they_travel() {
-    let arguments = "--arch llama --layers 8 --embd 576 --ffn 1600 --heads 9 --kv-heads 3 --vocab 2000 --type bf16";
-    let original = common::synth("cuda-packed", &arguments.split(' ').collect::<Vec<_>>());
     let directory = tempfile::tempdir().expect("a directory");
-    let packed = directory.path().join("model.fleapack");
-    let mut command = flea();
-    command.args(["pack", "--compress"]).arg(&original);
-    let said = output(command.arg("-o").arg(&packed));
-    assert!(said.status.success(), "{said:?}");
+    let packed = compressed(directory.path());
     for arguments in [
         "--vram 64MiB --memory 40% --passes 3",
         "--vram 200MiB --memory 60% --passes 1",

@@ -4,40 +4,14 @@
 mod common;
 
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::path::Path;
 
-use common::{flea, json, number, output};
+use common::{compressed, flea, json, number, output, text, tiled_model as original};
 use flea::engine::{BudgetSpec, Model, OpenOptions};
 use flea::io::ShardFile;
 use flea::io::packed;
 use flea::mem::Backing;
 use flea::model::coded::HEAD_BYTES;
-
-fn original() -> PathBuf {
-    let arguments = "--arch llama --layers 8 --embd 576 --ffn 1600 --heads 9 --kv-heads 3 --vocab 2000 --type bf16";
-    let arguments: Vec<&str> = arguments.split(' ').collect();
-    common::synth("cuda-packed", &arguments)
-}
-
-fn compressed(directory: &Path) -> PathBuf {
-    let path = directory.join("model.fleapack");
-    let mut command = flea();
-    command.args(["pack", "--compress"]).arg(original());
-    let said = output(command.arg("-o").arg(&path));
-    assert!(said.status.success(), "{}", text(&said));
-    path
-}
-
-fn text(output: &Output) -> String {
-    let (stdout, stderr) = (&output.stdout, &output.stderr);
-    format!(
-        "{}\n{}\n{}",
-        output.status,
-        String::from_utf8_lossy(stdout),
-        String::from_utf8_lossy(stderr)
-    )
-}
 
 #[test]
 fn it_streams_into_host_memory_as_the_original() {

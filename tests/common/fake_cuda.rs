@@ -2,6 +2,7 @@
 
 #![allow(dead_code)]
 
+use std::ffi::{CStr, CString, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -47,12 +48,39 @@ pub fn with_gpu<'a>(command: &'a mut Command, state: &[(&str, &str)]) -> &'a mut
     command.envs(state.iter().copied())
 }
 
-/// Loads the fake driver into this process, under the name that is looked for first.
+/// `flea bench stream` on the fake GPUs; `arguments` name which.
+pub fn stream(model: &Path, arguments: &str, state: &[(&str, &str)]) -> Command {
+    let mut command = crate::common::flea();
+    command.args(["bench", "stream"]).arg(model).arg("--json");
+    command.args(arguments.split_whitespace());
+    with_gpu(&mut command, state);
+    command
+}
+
+/// [`stream`] on the first GPU.
+pub fn stream_on_gpu_0(model: &Path, arguments: &str, state: &[(&str, &str)]) -> Command {
+    stream(model, &format!("--gpu 0 {arguments}"), state)
+}
+
+/// The fake driver, loaded into this process under the name that is looked for first, and its calls.
+pub struct Driver(*mut c_void);
+
 #[allow(unsafe_code)]
-pub fn load_here() {
-    let path = directory().join("libcuda.so");
-    let name = std::ffi::CString::new(path.to_str().expect("a path")).expect("a path");
-    // SAFETY: our own library, whose initialisers do nothing.
-    let handle = unsafe { nix::libc::dlopen(name.as_ptr(), nix::libc::RTLD_NOW) };
-    assert!(!handle.is_null());
+impl Driver {
+    pub fn load() -> Self {
+        let path = directory().join("libcuda.so");
+        let name = CString::new(path.to_str().expect("a path")).expect("a path");
+        // SAFETY: our own library, whose initialisers do nothing.
+        let library = unsafe { nix::libc::dlopen(name.as_ptr(), nix::libc::RTLD_NOW) };
+        assert!(!library.is_null());
+        Self(library)
+    }
+
+    /// A function of the driver, as a pointer to cast.
+    pub fn find(&self, name: &CStr) -> *mut c_void {
+        // SAFETY: the library is loaded and stays so.
+        let found = unsafe { nix::libc::dlsym(self.0, name.as_ptr()) };
+        assert!(!found.is_null(), "{name:?}");
+        found
+    }
 }

@@ -83,6 +83,39 @@ pub fn small_llama(name: &str, layers: &str, extra: &[&str]) -> PathBuf {
     synth(name, &arguments)
 }
 
+/// Ten layers of 8 MB whose rows are no multiple of 512, so that in VRAM zeros stand behind every matrix; and a head.
+pub fn padded_model() -> PathBuf {
+    let arguments = "--arch llama --layers 10 --embd 768 --ffn 2400 --heads 12 --kv-heads 4 --vocab 3000 --type q8_0";
+    synth("cuda", &arguments.split(' ').collect::<Vec<_>>())
+}
+
+/// A model of 16-bit weights, whose tensors are no whole tiles of a compressed file.
+pub fn tiled_model() -> PathBuf {
+    let arguments = "--arch llama --layers 8 --embd 576 --ffn 1600 --heads 9 --kv-heads 3 --vocab 2000 --type bf16";
+    synth("cuda-packed", &arguments.split(' ').collect::<Vec<_>>())
+}
+
+/// [`tiled_model`], compressed.
+pub fn compressed(directory: &Path) -> PathBuf {
+    let path = directory.join("model.fleapack");
+    let mut command = flea();
+    command.args(["pack", "--compress"]).arg(tiled_model());
+    let said = output(command.arg("-o").arg(&path));
+    assert!(said.status.success(), "{}", text(&said));
+    path
+}
+
+/// All that a program said, and how it ended.
+pub fn text(output: &Output) -> String {
+    let (stdout, stderr) = (&output.stdout, &output.stderr);
+    format!(
+        "{}\n{}\n{}",
+        output.status,
+        String::from_utf8_lossy(stdout),
+        String::from_utf8_lossy(stderr)
+    )
+}
+
 /// Compares every byte of a layer with the model's one file. The layer is held: its bytes lie where `address` says, and stay.
 #[allow(unsafe_code)]
 pub fn check_layer(layer: &Layer, path: &Path, address: impl Fn(u32, u64) -> *const u8) {
