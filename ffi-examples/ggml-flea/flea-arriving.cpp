@@ -77,10 +77,8 @@ ggml_status compute_arriving(Stream & stream, ggml_cgraph * graph, const Step & 
     for (int at = step.begin; at < step.end;) {
         const int until = arrived_until(stream, graph, at, step.end, leases, status);
         if (until == at) { return GGML_STATUS_FAILED; }
-        ggml_cgraph piece = ggml_graph_view(graph, at, until);
-        const ggml_status computed = ggml_backend_graph_compute(stream.inner, &piece);
+        const ggml_status computed = compute_nodes(stream, graph, at, until);
         if (computed != GGML_STATUS_SUCCESS) { return computed; }
-        counters.pieces++;
         if (until < step.end) { counters.early_pieces++; }
         at = until;
     }

@@ -270,8 +270,10 @@ bool wants_abort(const Stream * stream);
 // False for the branches of a graph that llama.cpp builds and does not choose: their inputs hold anything, and the CPU backend
 // passes them over.
 bool is_computed(const ggml_tensor * node);
-// Computes a piece of a graph. A GPU may still be at it when this returns.
-ggml_status compute_piece(Stream & stream, ggml_cgraph * piece);
+// Compute nodes of a graph as a piece of its own, or others in the place of the one at `index`. A GPU may still be at it when
+// these return.
+ggml_status compute_nodes(Stream & stream, ggml_cgraph * graph, int begin, int end);
+ggml_status compute_instead(Stream & stream, ggml_cgraph * graph, int index, std::vector<ggml_tensor *> & nodes);
 // True for two nodes that the CPU backend computes as one, if they are in one graph.
 bool is_fused_pair(const ggml_tensor * first, const ggml_tensor * second);
 

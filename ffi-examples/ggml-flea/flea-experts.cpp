@@ -125,13 +125,6 @@ bool chosen(const ggml_tensor * node, std::vector<int32_t> & experts, std::vecto
     return true;
 }
 
-ggml_status compute_nodes(Stream & stream, ggml_cgraph * graph, int begin, int end) {
-    if (begin == end) { return GGML_STATUS_SUCCESS; }
-    ggml_cgraph piece = ggml_graph_view(graph, begin, end);
-    counters.pieces++;
-    return ggml_backend_graph_compute(stream.inner, &piece);
-}
-
 // ---- in groups
 
 struct Pair { int64_t token, slot; };
@@ -181,11 +174,8 @@ ggml_status compute_rows(Stream & stream, ggml_cgraph * graph, int index, const 
     set_shape(result, rows_out.data(), node->ne[0], 1, count);
     result.src[1] = &group_input;
     result.src[2] = &group_chosen;
-    ggml_tensor * nodes[] = { &result };
-    ggml_cgraph piece = ggml_graph_view(graph, index, index + 1);
-    piece.nodes = nodes;
-    counters.pieces++;
-    const ggml_status computed = ggml_backend_graph_compute(stream.inner, &piece);
+    std::vector<ggml_tensor *> nodes { &result };
+    const ggml_status computed = compute_instead(stream, graph, index, nodes);
     if (computed != GGML_STATUS_SUCCESS) { return computed; }
     for (size_t i = 0; i < pairs.size(); ++i) {
         char * row = (char *) node->data + (size_t) pairs[i].slot * node->nb[1] + (size_t) pairs[i].token * node->nb[2];

@@ -196,11 +196,7 @@ ggml_status compute_cut(Stream & stream, ggml_cgraph * graph, const Step & step,
         if (*status != FLEA_OK) { return GGML_STATUS_FAILED; }
 
         Bands bands(node, first, end);
-        ggml_cgraph piece = ggml_graph_view(graph, step.begin, step.end);
-        piece.nodes = bands.nodes.data();
-        piece.n_nodes = (int) bands.nodes.size();
-        const ggml_status computed = compute_piece(stream, &piece);
-        counters.pieces++;
+        const ggml_status computed = compute_instead(stream, graph, step.begin, bands.nodes);
         if (computed != GGML_STATUS_SUCCESS) { return computed; }
     }
     return GGML_STATUS_SUCCESS;
@@ -230,9 +226,7 @@ ggml_status compute_together(Stream & stream, ggml_cgraph * graph, const Step & 
     std::vector<std::unique_ptr<Lease>> leases;
     *status = take_together(step, stream, leases);
     if (*status != FLEA_OK) { return GGML_STATUS_FAILED; }
-    ggml_cgraph piece = ggml_graph_view(graph, step.begin, step.end);
-    counters.pieces++;
-    return compute_piece(stream, &piece);
+    return compute_nodes(stream, graph, step.begin, step.end);
 }
 
 ggml_status compute_step(Stream & stream, ggml_cgraph * graph, const Step & step, Lease & lease, int32_t * status) {
@@ -260,14 +254,25 @@ ggml_status compute_step(Stream & stream, ggml_cgraph * graph, const Step & step
         *status = lease.take(step.model, (uint32_t) step.layer, &stream);
         if (*status != FLEA_OK) { return GGML_STATUS_FAILED; }
     }
-    ggml_cgraph piece = ggml_graph_view(graph, step.begin, step.end);
-    counters.pieces++;
-    return compute_piece(stream, &piece);
+    return compute_nodes(stream, graph, step.begin, step.end);
 }
 
 }  // namespace
 
-ggml_status compute_piece(Stream & stream, ggml_cgraph * piece) { return ggml_backend_graph_compute_async(stream.inner, piece); }
+ggml_status compute_nodes(Stream & stream, ggml_cgraph * graph, int begin, int end) {
+    if (begin == end) { return GGML_STATUS_SUCCESS; }
+    counters.pieces++;
+    ggml_cgraph piece = ggml_graph_view(graph, begin, end);
+    return ggml_backend_graph_compute_async(stream.inner, &piece);
+}
+
+ggml_status compute_instead(Stream & stream, ggml_cgraph * graph, int index, std::vector<ggml_tensor *> & nodes) {
+    counters.pieces++;
+    ggml_cgraph piece = ggml_graph_view(graph, index, index + 1);
+    piece.nodes = nodes.data();
+    piece.n_nodes = (int) nodes.size();
+    return ggml_backend_graph_compute_async(stream.inner, &piece);
+}
 
 // ---- leases
 

@@ -40,11 +40,10 @@ ggml_status compute_band(Stream & stream, ggml_cgraph * graph, int index, std::v
     band.ne[1] = (int64_t) count;
     band.src[0] = &table;
     band.src[1] = &ids;
-    ggml_tensor * nodes[] = { &band };
-    ggml_cgraph piece = ggml_graph_view(graph, index, index + 1);
-    piece.nodes = nodes;
-    counters.pieces++;
-    return ggml_backend_graph_compute(stream.inner, &piece);
+    std::vector<ggml_tensor *> nodes { &band };
+    const ggml_status computed = compute_instead(stream, graph, index, nodes);
+    ggml_backend_synchronize(stream.inner);  // the rows are overwritten by the next band
+    return computed;
 }
 
 // One list of ids and a whole table: what llama.cpp looks embeddings up with.
