@@ -20,8 +20,8 @@ use super::wait::{Asked, Hall};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::mirror::{self, Copies};
 use crate::io::profile::Found;
-use crate::io::{Counters, ShardFile, Waker};
-use crate::mem::{Backing, Pool, PoolOptions, Windows, limits};
+use crate::io::{Counters, ReaderOptions, ShardFile, Waker};
+use crate::mem::{Backing, Binding, Pool, PoolOptions, Windows, limits};
 use crate::model::Catalog;
 use crate::plan::{self, ExpertOptions, Method, Plan, PlanOptions, budget};
 use crate::units::{MemorySpec, PAGE_4K};
@@ -371,17 +371,7 @@ impl Model {
         } else {
             (None, None)
         };
-        let pool_options = PoolOptions {
-            binding: binding.clone(),
-            cancel: self.options.shared.cancel.clone(),
-            fill_behind: true,
-        };
-        let pool = Pool::new(
-            Arc::clone(&self.windows),
-            &plan,
-            self.options.backing,
-            &pool_options,
-        )?;
+        let pool = self.new_pool(&plan, binding.clone())?;
         let fixed_slots = self.options.backing == Backing::Shared;
         let reader = reader_options(&self.options.reader, plan.page_bytes, &self.files[0]);
         let request_bytes = u64::from(reader.request_bytes);
@@ -392,57 +382,8 @@ impl Model {
             pool.slots_count(),
             fixed_slots,
         ));
-        let core = Arc::new(Core {
-            hall: Hall {
-                state: Mutex::new(State::new(
-                    Arc::clone(&layout),
-                    self.options.shared.board.clone(),
-                )),
-                changed: Condvar::new(),
-                trace: self.trace.clone(),
-            },
-            pool: Mutex::new(pool),
-            counters: Mutex::new(Counters::default()),
-            copies: Arc::clone(&self.copies),
-            load_latency: Histogram::default(),
-            stop: AtomicBool::new(false),
-        });
-        let (sender, receiver) = mpsc::sync_channel(1);
-        let (thread_core, files) = (Arc::clone(&core), Arc::clone(&self.files));
-        let thread_layout = Arc::clone(&layout);
-        let shared = self.options.shared.clone();
-        let thread = std::thread::Builder::new()
-            .name("flea-stream".to_owned())
-            .spawn(move || {
-                if let Some(binding) = binding
-                    && let Err(error) = binding.topology.pin_thread(binding.node_index)
-                {
-                    log::warn!("the stream's thread is not pinned to its drive's node: {error}");
-                }
-                stream::run(
-                    &thread_core,
-                    &thread_layout,
-                    &files,
-                    &reader,
-                    &shared,
-                    &sender,
-                );
-            })
-            .map_err(|error| Error::from_io(&error, "start the stream's thread"))?;
-        let lost = |_| {
-            Error::new(
-                ErrorKind::Internal,
-                "the stream's thread ended before it began",
-            )
-        };
-        let started = match receiver.recv().map_err(lost).and_then(|started| started) {
-            Ok(started) => started,
-            Err(error) => {
-                // It holds the pool: only when it is gone is the memory free for another attempt.
-                let _ = thread.join();
-                return Err(error);
-            }
-        };
+        let core = self.new_core(pool, &layout);
+        let (thread, started) = self.spawn_stream(&core, &layout, reader, binding)?;
         Ok(Running {
             plan,
             budget,
@@ -452,6 +393,68 @@ impl Model {
             not_bound,
             thread: Some(thread),
         })
+    }
+
+    fn new_pool(&self, plan: &Plan, binding: Option<Binding>) -> Result<Pool> {
+        let options = PoolOptions {
+            binding,
+            cancel: self.options.shared.cancel.clone(),
+            fill_behind: true,
+        };
+        let windows = Arc::clone(&self.windows);
+        Pool::new(windows, plan, self.options.backing, &options)
+    }
+
+    fn new_core(&self, pool: Pool, layout: &Arc<Layout>) -> Arc<Core> {
+        let board = self.options.shared.board.clone();
+        Arc::new(Core {
+            hall: Hall {
+                state: Mutex::new(State::new(Arc::clone(layout), board)),
+                changed: Condvar::new(),
+                trace: self.trace.clone(),
+            },
+            pool: Mutex::new(pool),
+            counters: Mutex::new(Counters::default()),
+            copies: Arc::clone(&self.copies),
+            load_latency: Histogram::default(),
+            stop: AtomicBool::new(false),
+        })
+    }
+
+    /// Starts the stream's thread, and waits until it can read.
+    fn spawn_stream(
+        &self,
+        core: &Arc<Core>,
+        layout: &Arc<Layout>,
+        reader: ReaderOptions,
+        binding: Option<Binding>,
+    ) -> Result<(JoinHandle<()>, Started)> {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let (core, layout) = (Arc::clone(core), Arc::clone(layout));
+        let (files, shared) = (Arc::clone(&self.files), self.options.shared.clone());
+        let thread = std::thread::Builder::new()
+            .name("flea-stream".to_owned())
+            .spawn(move || {
+                if let Some(binding) = binding
+                    && let Err(error) = binding.topology.pin_thread(binding.node_index)
+                {
+                    log::warn!("the stream's thread is not pinned to its drive's node: {error}");
+                }
+                stream::run(&core, &layout, &files, &reader, &shared, &sender);
+            })
+            .map_err(|error| Error::from_io(&error, "start the stream's thread"))?;
+        let lost = |_| {
+            let context = "the stream's thread ended before it began";
+            Error::new(ErrorKind::Internal, context)
+        };
+        match receiver.recv().map_err(lost).and_then(|started| started) {
+            Ok(started) => Ok((thread, started)),
+            Err(error) => {
+                // It holds the pool: only when it is gone is the memory free for another attempt.
+                let _ = thread.join();
+                Err(error)
+            }
+        }
     }
 
     fn make_plan(&self) -> Result<(Plan, BudgetReport)> {

@@ -2,7 +2,7 @@
 //! dies before the model, the model before the flea handle; a stop request ends computing and waiting alike and keeps
 //! what has been generated. The last step of `file -> catalog -> plan -> reader -> pool -> lease -> host`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -126,37 +126,12 @@ impl Session {
     /// # Errors
     /// Whatever is wrong with the file, the budget or the options; `Canceled` when stopped while loading.
     pub fn open(options: &SessionOptions, progress: Progress<'_>) -> Result<Self> {
-        let (catalog, files) = read_catalog(&options.path)?;
-        if catalog.format == Format::Safetensors {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!(
-                    "{}: llama.cpp needs GGUF, and this is safetensors; convert it with llama.cpp's convert_hf_to_gguf.py",
-                    options.path.display()
-                ),
-            ));
-        }
-        let model_bytes = catalog.model_bytes;
-        drop(catalog);
+        let (model_bytes, files) = gguf_files(&options.path)?;
         let drive = files.first().map(Device::of_shard);
         let profile = drive.map_or(Found::Nothing, |drive| profile::find(&drive));
         log::install();
         crate::host::context::start_backend();
-        let kv_disk = options.kv_disk.as_ref();
-        if kv_disk.is_some() && options.stream.is_none() {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                "keys and values are moved by the device that streams: not without one",
-            ));
-        }
-        let kv_disk = kv_disk
-            .map(|kv_disk| KvDisk::open(kv_disk, options.stop))
-            .transpose()?;
-        let streamed = options
-            .stream
-            .as_ref()
-            .map(|stream| Streamed::open(&options.path, stream, kv_disk))
-            .transpose()?;
+        let streamed = open_streamed(options)?;
         let (model, loader_bytes) = match &streamed {
             Some(streamed) => load_streamed(streamed, files, progress)?,
             None => {
@@ -168,30 +143,7 @@ impl Session {
         };
         model.check_generates_text()?;
         let context_tokens = context_tokens(&model, options.context_tokens);
-        let threads_count = options
-            .threads_count
-            .unwrap_or_else(|| u32::try_from(process::core_count()).unwrap_or(1));
-        let kv_disk = streamed.as_ref().and_then(Streamed::kv_disk);
-        if let Some(kv_disk) = kv_disk {
-            kv_disk.set_heads(model.kv_head_count());
-        }
-        let context = LlamaContext::new(
-            &model,
-            &ContextOptions {
-                context_tokens,
-                ubatch_tokens: options.ubatch_tokens,
-                threads_count,
-                kv_type: options.kv_type,
-            },
-            options.stop,
-        );
-        if let Some(kv_disk) = kv_disk {
-            kv_disk.ready()?;
-        }
-        let context = context.map_err(|error| {
-            let failure = streamed.as_ref().and_then(Streamed::failure);
-            failure.unwrap_or(error)
-        })?;
+        let context = new_context(options, &model, streamed.as_ref(), context_tokens)?;
         // What loading needed once must not count against the weights.
         process::trim_allocator();
         Ok(Self {
@@ -484,6 +436,66 @@ impl Session {
         }
         Ok(figures)
     }
+}
+
+/// How many bytes of weights a GGUF file has, and its shards.
+fn gguf_files(path: &Path) -> Result<(u64, Vec<ShardFile>)> {
+    let (catalog, files) = read_catalog(path)?;
+    if catalog.format == Format::Safetensors {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "{}: llama.cpp needs GGUF, and this is safetensors; convert it with llama.cpp's convert_hf_to_gguf.py",
+                path.display()
+            ),
+        ));
+    }
+    Ok((catalog.model_bytes, files))
+}
+
+/// What streams, where anything does, and the file of keys and values with it.
+fn open_streamed(options: &SessionOptions) -> Result<Option<Streamed>> {
+    let kv_disk = options.kv_disk.as_ref();
+    if kv_disk.is_some() && options.stream.is_none() {
+        return Err(Error::new(
+            ErrorKind::Invalid,
+            "keys and values are moved by the device that streams: not without one",
+        ));
+    }
+    let kv_disk = kv_disk
+        .map(|kv_disk| KvDisk::open(kv_disk, options.stop))
+        .transpose()?;
+    let stream = options.stream.as_ref();
+    stream
+        .map(|stream| Streamed::open(&options.path, stream, kv_disk))
+        .transpose()
+}
+
+/// A context to compute in. Where the device that streams failed in it, its error is the one that says why.
+fn new_context(
+    options: &SessionOptions,
+    model: &LlamaModel,
+    streamed: Option<&Streamed>,
+    context_tokens: u32,
+) -> Result<LlamaContext> {
+    let threads_count = options
+        .threads_count
+        .unwrap_or_else(|| u32::try_from(process::core_count()).unwrap_or(1));
+    let kv_disk = streamed.and_then(Streamed::kv_disk);
+    if let Some(kv_disk) = kv_disk {
+        kv_disk.set_heads(model.kv_head_count());
+    }
+    let context_options = ContextOptions {
+        context_tokens,
+        ubatch_tokens: options.ubatch_tokens,
+        threads_count,
+        kv_type: options.kv_type,
+    };
+    let context = LlamaContext::new(model, &context_options, options.stop);
+    if let Some(kv_disk) = kv_disk {
+        kv_disk.ready()?;
+    }
+    context.map_err(|error| streamed.and_then(Streamed::failure).unwrap_or(error))
 }
 
 /// Loads through our stream; gives the model and the bytes that were read.
