@@ -13,12 +13,13 @@ flea=$(realpath -m "${FLEA:-${CARGO_TARGET_DIR:-target}/release/flea}")
 [[ -x $flea ]] || { echo "bench-mirrors: $flea is not there: make build, or FLEA=..." >&2; exit 2; }
 
 place=$(mktemp -d "${TMPDIR:-/var/tmp}/flea-mirrors.XXXXXX")
-group= devices=()
+group= enabled= devices=()
 clean() {
   cd /
   for side in a b; do ! mountpoint -q "$place/$side" || umount "$place/$side"; done
   for device in "${devices[@]}"; do losetup -d "$device"; done
   [[ -z $group ]] || rmdir "$group"
+  [[ -z $enabled ]] || echo -io >"$controllers"
   rm -rf "$place"
 }
 trap clean EXIT
@@ -43,7 +44,11 @@ sync
 if [[ -d /sys/fs/cgroup/blkio ]]; then
   group=/sys/fs/cgroup/blkio/flea-mirrors.$$ file=blkio.throttle.read_bps_device format='%s %s\n'
 else
-  echo +io >/sys/fs/cgroup/cgroup.subtree_control
+  controllers=/sys/fs/cgroup/cgroup.subtree_control
+  if ! grep -qw io $controllers; then
+    echo +io >$controllers
+    enabled=1
+  fi
   group=/sys/fs/cgroup/flea-mirrors.$$ file=io.max format='%s rbps=%s\n'
 fi
 mkdir "$group"

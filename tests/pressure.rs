@@ -1,16 +1,16 @@
 //! Memory pressure for real: in a memory cgroup that another program fills up, flead makes room before the kernel kills
 //! anyone, its client reads right bytes all the time, and the pool grows back when the other program is gone.
 
-#[path = "common/cgroup.rs"]
-mod cgroup;
+#![cfg(feature = "cli")]
+
 mod common;
 #[path = "common/daemon.rs"]
 mod support;
 
-use cgroup::Cgroup;
 use common::skip;
 use flea::proto::snapshot::{Pressure, Snapshot};
 use flea::proto::{Attached, Control, message};
+use flea::tools::suite::cgroup::Cgroup;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -125,7 +125,7 @@ fn the_pool_makes_room_and_grows_back() {
     let path = model();
     let cgroup = match Cgroup::new("pressure", LIMIT_BYTES) {
         Ok(cgroup) => cgroup,
-        Err(reason) => return skip(&reason),
+        Err(error) => return skip(&error.to_string()),
     };
     let directory = tempfile::tempdir().expect("a directory");
     let socket = directory.path().join("flea.sock");

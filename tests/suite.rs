@@ -208,6 +208,38 @@ fn peers_that_are_not_there_are_rows_that_say_so() {
 }
 
 #[test]
+fn a_host_without_the_device_is_a_row_that_says_so() {
+    let _alone = alone();
+    if !has_fio() {
+        return;
+    }
+    let out = directory();
+    let programs = out.path().join("programs");
+    fs::create_dir_all(&programs).expect("a directory");
+    fs::write(programs.join("llama-completion"), "").expect("a file");
+    let mut command = suite("stock", out.path());
+    command.arg("--llama-cpp").arg(&programs);
+    command.arg("--ggml-flea").arg(out.path().join("no.so"));
+    let said = output(&mut command);
+    assert_eq!(said.status.code(), Some(1), "{said:?}");
+    let answer: Value = serde_json::from_slice(&said.stdout).expect("one JSON object");
+    let rows = answer["cases"][0]["rows"].as_array().expect("rows");
+    assert_eq!(rows.len(), 4);
+    for row in rows {
+        let reason = row["missing"].as_str().unwrap_or_default();
+        let is_ours = row["label"]
+            .as_str()
+            .is_some_and(|label| label.starts_with("FLEA"));
+        let cause = if is_ours {
+            "make ggml-flea"
+        } else {
+            "llama-completion"
+        };
+        assert!(measures(row).is_empty() && reason.contains(cause), "{row}");
+    }
+}
+
+#[test]
 fn an_interruption_puts_settings_back() {
     let _alone = alone();
     if !has_fio() {
@@ -236,6 +268,12 @@ fn an_interruption_puts_settings_back() {
     assert_eq!(
         written["cases"][0]["interrupted"], true,
         "what was measured is kept"
+    );
+    assert!(
+        written["cases"][0]["ended_by"]
+            .as_str()
+            .is_some_and(|cause| cause.contains("interrupted")),
+        "{written}"
     );
     assert!(
         written["cases"][0]["rounds"]

@@ -83,8 +83,14 @@ struct Row {
 }
 
 impl Row {
+    /// Of the prediction for the drive as it was around the run.
     fn speed_off(&self) -> f64 {
         self.expected_tokens / self.measured_tokens.max(1e-9) - 1.0
+    }
+
+    /// Of the prediction from the profile alone, made before the run.
+    fn profiled_off(&self) -> f64 {
+        self.profiled_tokens / self.measured_tokens.max(1e-9) - 1.0
     }
 
     fn peak_off(&self) -> f64 {
@@ -115,6 +121,7 @@ impl Row {
             "memory": self.memory,
             "predicted_tokens_per_second": self.expected_tokens,
             "predicted_from_profile_alone": self.profiled_tokens,
+            "profile_off": self.profiled_off(),
             "drive_gb_per_second": self.drive_gb_per_second,
             "measured_tokens_per_second": self.measured_tokens,
             "drive_drift": self.drift,
@@ -289,10 +296,11 @@ fn table(rows: &[Row]) -> Table {
     let mut table = Table::new(&[
         ("model", Align::Left),
         ("memory", Align::Right),
-        ("drive GB/s", Align::Right),
-        ("by profile", Align::Right),
-        ("predicted", Align::Right),
         ("tokens/s", Align::Right),
+        ("by profile", Align::Right),
+        ("off", Align::Right),
+        ("drive GB/s", Align::Right),
+        ("by that", Align::Right),
         ("off", Align::Right),
         ("peak predicted", Align::Right),
         ("peak", Align::Right),
@@ -304,10 +312,11 @@ fn table(rows: &[Row]) -> Table {
         table.row([
             name.to_string_lossy().into_owned(),
             row.memory.clone(),
-            format!("{:.2}", row.drive_gb_per_second),
-            format!("{:.2}", row.profiled_tokens),
-            format!("{:.2}", row.expected_tokens),
             format!("{:.2}", row.measured_tokens),
+            format!("{:.2}", row.profiled_tokens),
+            format!("{:+.1} %", row.profiled_off() * 100.0),
+            format!("{:.2}", row.drive_gb_per_second),
+            format!("{:.2}", row.expected_tokens),
             format!("{:+.1} %", row.speed_off() * 100.0),
             HumanBytes(row.expected_peak_bytes).to_string(),
             HumanBytes(row.measured_peak_bytes).to_string(),

@@ -26,16 +26,16 @@ const PAGE: &str = "README.md";
 const ROUNDS_DEFAULT: u32 = 5;
 const ROUNDS_QUICK: u32 = 3;
 
-const ABOUT: &str = "\
-Examples:
+const ABOUT: &str = r#"Examples:
   flea bench suite --quick
   flea bench suite --models a.gguf,b.gguf --cases engine,decode --out results
-  scripts/peers.sh && sudo flea bench suite --out docs/results/my-machine
+  scripts/peers.sh && sudo env FLEA_CACHE="$(scripts/cache-dir.sh)" flea bench suite --out docs/results/my-machine
 
 Needs fio. Root for the peers (memory cgroups, the device's read-ahead) and for fio's huge pages; what was set is put
-back, also after Ctrl-C. A directory that has results already keeps those of other cases. Nothing else should run on the
-machine meanwhile.
-Exit codes: 0 every row has a figure (whatever the verdict), 1 one has none, 130 interrupted, with what was measured kept.";
+back, also after Ctrl-C. Below sudo, FLEA_CACHE says where scripts/peers.sh has put them. A directory that has results
+already keeps those of other cases, and those of a case with as many rounds as an interrupted one. Nothing else should run
+on the machine meanwhile.
+Exit codes: 0 every row has a figure (whatever the verdict), 1 one has none, 130 interrupted, with what was measured kept."#;
 
 /// Measure everything: drive, engine, decode, prefill, peers, loading, leases
 #[derive(Debug, Clone, Args)]
@@ -68,6 +68,10 @@ pub struct SuiteArgs {
     /// Stock llama.cpp's programs [default: those of scripts/llama-cpp.sh]
     #[arg(long, value_name = "DIR")]
     llama_cpp: Option<PathBuf>,
+
+    /// libggml-flea.so, built for that llama.cpp [default: that of make ggml-flea, beside flea's directory]
+    #[arg(long, value_name = "FILE")]
+    ggml_flea: Option<PathBuf>,
 
     /// A Python with fastsafetensors and runai-model-streamer [default: that of scripts/peers.sh]
     #[arg(long, value_name = "FILE")]
@@ -190,6 +194,7 @@ fn options(args: &SuiteArgs, cache: Option<&Path>) -> Result<Options> {
             .llama_cpp
             .clone()
             .or_else(|| llama_cpp_directory(cache?)),
+        ggml_flea: args.ggml_flea.clone().or_else(built_device),
         python: args
             .python
             .clone()
@@ -201,7 +206,13 @@ fn options(args: &SuiteArgs, cache: Option<&Path>) -> Result<Options> {
     })
 }
 
-/// The directory of results: written anew after every case, so that an interruption costs at most one.
+/// Where `make ggml-flea` puts the device of the flea that runs.
+fn built_device() -> Option<PathBuf> {
+    let flea = std::env::current_exe().ok()?;
+    Some(flea.parent()?.parent()?.join("ggml-flea/libggml-flea.so"))
+}
+
+/// The directory of results: written anew after every round, so that whatever happens costs at most one.
 struct Results {
     directory: PathBuf,
     report: Report,
@@ -239,10 +250,9 @@ impl Results {
     }
 
     fn keep(&mut self, case: &CaseReport) -> Result<()> {
-        if case.rounds == 0 {
+        if case.rounds == 0 || !self.report.put(case.clone()) {
             return Ok(());
         }
-        self.report.put(case.clone());
         let mut plots = Vec::new();
         for case in &self.report.cases {
             let file = format!("{}.svg", case.name);
@@ -278,20 +288,23 @@ fn finish(args: &SuiteArgs, outcome: &Outcome) -> Result<ExitCode> {
     if args.json {
         super::print_json(&serde_json::json!({
             "cases": outcome.cases,
-            "interrupted": outcome.ended.as_ref().is_some_and(|error| error.kind() == ErrorKind::Canceled),
-            "ended_by": outcome.ended.as_ref().map(Error::context),
+            "interrupted": outcome.is_interrupted(),
+            "failures": outcome.failures.iter().map(Error::context).collect::<Vec<_>>(),
             "directory": args.out.to_string_lossy(),
         }))?;
     } else {
         super::print(&summary(outcome))?;
     }
-    if let Some(error) = &outcome.ended {
+    for error in &outcome.failures {
         // Nobody is left to tell when stderr is gone.
         let _ = writeln!(
             std::io::stderr(),
             "error: {error}; what was measured is in {}",
             args.out.display()
         );
+    }
+    // Of several the last: nothing follows an interruption.
+    if let Some(error) = outcome.failures.last() {
         return Ok(ExitCode::from(error.kind().exit_code()));
     }
     let missing: usize = outcome.cases.iter().map(CaseReport::missing_count).sum();
@@ -375,6 +388,15 @@ mod tests {
             .unwrap()
             .keep(&case)
             .unwrap();
+        let mut cut_short = case.clone();
+        cut_short.interrupted = true;
+        cut_short.model = "another".to_owned();
+        Results::open(directory.path(), machine.clone())
+            .unwrap()
+            .keep(&cut_short)
+            .unwrap();
+        let kept = std::fs::read_to_string(&path).unwrap();
+        assert!(!kept.contains("another"), "a whole result is kept: {kept}");
         case.name = "load".to_owned();
         Results::open(directory.path(), machine.clone())
             .unwrap()

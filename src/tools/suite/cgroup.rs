@@ -7,7 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::error::{Error, Result};
+use super::child::{Finished, without_flea_variables};
+use crate::error::{Error, ErrorKind, Result};
 
 const V1: &str = "/sys/fs/cgroup/memory";
 const V2: &str = "/sys/fs/cgroup";
@@ -16,6 +17,7 @@ const V2: &str = "/sys/fs/cgroup";
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
+    limit_bytes: u64,
     peak: &'static str,
     events: &'static str,
 }
@@ -43,7 +45,12 @@ impl Cgroup {
                 format_args!("make the memory cgroup {}", path.display()),
             )
         })?;
-        let group = Self { path, peak, events };
+        let group = Self {
+            path,
+            limit_bytes,
+            peak,
+            events,
+        };
         fs::write(group.path.join(limit), limit_bytes.to_string()).map_err(|error| {
             Error::from_io(
                 &error,
@@ -68,33 +75,44 @@ impl Cgroup {
                 None => inside.env_remove(name),
             };
         }
-        for (name, _) in std::env::vars_os() {
-            if name.to_string_lossy().starts_with("FLEA_") {
-                inside.env_remove(name);
-            }
-        }
+        without_flea_variables(&mut inside);
         inside
     }
 
-    /// How often the kernel has killed somebody in here for memory.
+    /// How often the kernel has killed somebody in here for memory; 0 where it does not say.
     #[must_use]
     pub fn oom_kills(&self) -> u64 {
-        self.number(self.events, "oom_kill ")
+        self.number(self.events, "oom_kill ").unwrap_or(0)
     }
 
-    /// The most memory charged at once.
+    /// That a program has not been killed in here for memory.
+    ///
+    /// # Errors
+    /// `NoMemory`: it has.
+    pub fn check_survived(&self, done: &Finished) -> Result<()> {
+        if done.was_killed() && self.oom_kills() > 0 {
+            return Err(Error::new(ErrorKind::NoMemory, "killed: out of memory"));
+        }
+        Ok(())
+    }
+
+    /// The most memory charged at once; `None` where the kernel does not say (version 2 before Linux 5.19).
     #[must_use]
-    pub fn peak_bytes(&self) -> u64 {
+    pub fn peak_bytes(&self) -> Option<u64> {
         self.number(self.peak, "")
     }
 
-    fn number(&self, file: &str, key: &str) -> u64 {
-        let text = fs::read_to_string(self.path.join(file)).unwrap_or_default();
-        let value = text
-            .lines()
-            .find_map(|line| line.strip_prefix(key))
-            .unwrap_or("0");
-        value.trim().parse().unwrap_or(0)
+    /// The most memory charged at once, of the limit.
+    #[must_use]
+    pub fn peak_of_limit(&self) -> Option<f64> {
+        let peak_bytes = self.peak_bytes()?;
+        Some(peak_bytes as f64 / self.limit_bytes.max(1) as f64)
+    }
+
+    fn number(&self, file: &str, key: &str) -> Option<u64> {
+        let text = fs::read_to_string(self.path.join(file)).ok()?;
+        let value = text.lines().find_map(|line| line.strip_prefix(key))?;
+        value.trim().parse().ok()
     }
 }
 

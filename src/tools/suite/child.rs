@@ -11,11 +11,15 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::sys::resource::{Usage, UsageWho, getrusage};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::time::TimeValLike;
+use nix::unistd::Pid;
 
 use crate::error::{Error, ErrorKind, Result};
 
 const LOOK: Duration = Duration::from_millis(2);
+/// How long a child may take to end when it is asked to.
+const PATIENCE: Duration = Duration::from_secs(3);
 /// The kernel counts blocks of this size for a process.
 const BLOCK_BYTES: u64 = 512;
 
@@ -63,7 +67,7 @@ impl Finished {
 ///
 /// # Errors
 /// `NotFound` when there is no such program, `Timeout` when it took longer than `limit`, `Canceled` when `stop` is raised:
-/// in the last two it has been killed.
+/// in the last two it has been ended, by force where it had to be.
 pub fn run(command: &mut Command, limit: Duration, stop: &AtomicBool) -> Result<Finished> {
     let name = command.get_program().to_string_lossy().into_owned();
     let before = usage()?;
@@ -92,6 +96,15 @@ pub fn run(command: &mut Command, limit: Duration, stop: &AtomicBool) -> Result<
     })
 }
 
+/// Hands nothing of `FLEA_*` down: what is measured is what was asked for on its command line.
+pub fn without_flea_variables(command: &mut Command) {
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("FLEA_") {
+            command.env_remove(name);
+        }
+    }
+}
+
 fn wait(
     child: &mut Child,
     name: &str,
@@ -115,13 +128,28 @@ fn wait(
             None
         };
         if let Some(error) = refusal {
-            // Gone already is as good as killed.
-            let _ = child.kill();
-            let _ = child.wait();
+            end(child);
             return Err(error);
         }
         std::thread::sleep(LOOK);
     }
+}
+
+/// Asks a child to end, so that it takes down what it has made, and kills one that does not.
+fn end(child: &mut Child) {
+    // Gone already is as good as ended.
+    if let Ok(pid) = i32::try_from(child.id()) {
+        let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+    }
+    let asked = Instant::now();
+    while asked.elapsed() < PATIENCE {
+        if let Ok(Some(_)) | Err(_) = child.try_wait() {
+            return;
+        }
+        std::thread::sleep(LOOK);
+    }
+    let _ = child.kill();
+    let _ = child.wait();
 }
 
 /// Pipes are emptied by threads of their own: a child that says more than a pipe holds would wait for ever.
@@ -175,6 +203,22 @@ mod tests {
         assert_eq!(slow.kind(), ErrorKind::Timeout);
         let stopped = shell("exec sleep 50", long, &AtomicBool::new(true)).unwrap_err();
         assert_eq!(stopped.kind(), ErrorKind::Canceled);
+        let directory = tempfile::tempdir().unwrap();
+        let tidied = directory.path().join("tidied");
+        let script = format!(
+            "trap 'echo > {}; exit 1' TERM; echo; while :; do sleep 0.01; done",
+            tidied.display()
+        );
+        shell(&script, Duration::from_millis(300), &go).unwrap_err();
+        assert!(tidied.exists(), "a child may take down what it has made");
+        let began = Instant::now();
+        shell(
+            "trap '' TERM; while :; do sleep 0.01; done",
+            Duration::from_millis(300),
+            &go,
+        )
+        .unwrap_err();
+        assert!(began.elapsed() >= PATIENCE, "one that does not is killed");
         let missing = run(&mut Command::new("/nowhere/fio"), long, &go).unwrap_err();
         assert_eq!(missing.kind(), ErrorKind::NotFound);
     }

@@ -61,29 +61,75 @@ pub(super) fn make_warm(path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// How much of a model `flea run` may keep.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Budget {
+    /// Percent of the weights; the rest is streamed, from a cold file.
+    Percent(u32),
+    /// Everything, without flea's device, from a warm file.
+    Resident,
+}
+
+/// `flea run` behind a prompt of so many tokens.
+struct Asked {
+    prompt_count: usize,
+    tokens: usize,
+    budget: Budget,
+}
+
 fn run_flea(
     lab: &Lab<'_>,
     path: &Path,
-    prompt_count: usize,
-    tokens: usize,
-    memory: Option<u32>,
+    asked: &Asked,
+    arguments: &[&str],
 ) -> Result<BTreeMap<&'static str, f64>> {
     let mut command = lab.flea_run(path, CONTEXT_TOKENS);
-    command.args(["--prompt-tokens", &prompt(prompt_count)]);
-    command.args(["-n", &tokens.to_string()]);
-    match memory {
-        Some(percent) => {
+    command.args(["--prompt-tokens", &prompt(asked.prompt_count)]);
+    command
+        .args(["-n", &asked.tokens.to_string()])
+        .args(arguments);
+    match asked.budget {
+        Budget::Percent(percent) => {
             cached::make_cold(path)?;
             touch_memory(file_bytes(path)? / 100 * u64::from(percent))?;
             command.args(["--memory", &format!("{percent}%")]);
         }
-        None => {
+        Budget::Resident => {
             make_warm(path)?;
             command.arg("--no-stream");
         }
     }
     let (answer, _) = lab.flea_json(&mut command)?;
-    figures(&answer, tokens)
+    figures(&answer, asked.tokens)
+}
+
+/// Generates behind the short prompt.
+///
+/// # Errors
+/// Those of [`Lab::flea_json`].
+pub(super) fn run_streamed(
+    lab: &Lab<'_>,
+    path: &Path,
+    tokens: usize,
+    budget: Budget,
+    arguments: &[&str],
+) -> Result<BTreeMap<&'static str, f64>> {
+    let asked = Asked {
+        prompt_count: SHORT_PROMPT,
+        tokens,
+        budget,
+    };
+    run_flea(lab, path, &asked, arguments)
+}
+
+/// Computes the long prompt.
+fn run_prompt(lab: &Lab<'_>, path: &Path, budget: Budget) -> Result<BTreeMap<&'static str, f64>> {
+    let asked = Asked {
+        prompt_count: LONG_PROMPT,
+        tokens: 1,
+        budget,
+    };
+    run_flea(lab, path, &asked, &[])
 }
 
 /// What the judges need of flea's answer.
@@ -102,6 +148,7 @@ pub fn figures(answer: &serde_json::Value, tokens: usize) -> Result<BTreeMap<&'s
         ("stall", number(answer, "stall_seconds")?),
         ("read_bytes", number(answer, "bytes_read")?),
         ("peak", number(answer, "peak_memory_bytes")?),
+        ("early_pieces", number(answer, "early_pieces")?),
     ]);
     if tokens > 1 {
         let rate = number(answer, "tokens_per_second")?;
@@ -123,6 +170,10 @@ pub fn figures(answer: &serde_json::Value, tokens: usize) -> Result<BTreeMap<&'s
 }
 
 impl Case for Decode {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
     fn report(&self) -> CaseReport {
         CaseReport {
             plot: Some("tokens/s".to_owned()),
@@ -142,11 +193,12 @@ impl Case for Decode {
     fn round(&mut self, lab: &mut Lab<'_>) -> Result<Vec<Run>> {
         let mut runs = lab.between_lines(&self.budgets, |lab, &budget| {
             (lab.say)(&format!("{} at {budget} %", self.slug));
-            let tokens = tokens_at(budget);
-            let result = run_flea(lab, &self.path, SHORT_PROMPT, tokens, Some(budget));
+            let (tokens, kept) = (tokens_at(budget), Budget::Percent(budget));
+            let result = run_streamed(lab, &self.path, tokens, kept, &[]);
             Run::of(format!("flea, {budget} %"), result)
         })?;
-        let resident = run_flea(lab, &self.path, SHORT_PROMPT, tokens_at(100), None);
+        let tokens = tokens_at(100);
+        let resident = run_streamed(lab, &self.path, tokens, Budget::Resident, &[]);
         runs.push(Run::of(RESIDENT, resident)?);
         cached::make_cold(&self.path)?;
         Ok(runs)
@@ -252,6 +304,10 @@ pub struct Prefill {
 }
 
 impl Case for Prefill {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
     fn report(&self) -> CaseReport {
         CaseReport {
             plot: Some("prompt tokens/s".to_owned()),
@@ -268,13 +324,11 @@ impl Case for Prefill {
 
     fn round(&mut self, lab: &mut Lab<'_>) -> Result<Vec<Run>> {
         let mut runs = lab.between_lines(&self.budgets, |lab, &budget| {
-            let result = run_flea(lab, &self.path, LONG_PROMPT, 1, Some(budget));
+            let result = run_prompt(lab, &self.path, Budget::Percent(budget));
             Run::of(format!("flea, {budget} %"), result)
         })?;
-        runs.push(Run::of(
-            RESIDENT,
-            run_flea(lab, &self.path, LONG_PROMPT, 1, None),
-        )?);
+        let resident = run_prompt(lab, &self.path, Budget::Resident);
+        runs.push(Run::of(RESIDENT, resident)?);
         cached::make_cold(&self.path)?;
         Ok(runs)
     }

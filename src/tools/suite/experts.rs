@@ -9,10 +9,10 @@ use super::cgroup::Cgroup;
 use super::decode::{RESIDENT, figures, make_warm, prompt};
 use super::fio::Shape;
 use super::lab::{Case, Lab, RoundLine, Run, find, number, touch_memory};
-use super::machine::queue_of;
-use super::peers::{CHARGED_BESIDES_BYTES, MMAP, PEER_LIMIT, label, llama_cpp, read_ahead_name};
+use super::peers::{
+    CHARGED_BESIDES_BYTES, MMAP, PEER_LIMIT, label, llama_cpp, read_ahead_name, set_read_ahead,
+};
 use super::report::{Book, CaseReport, Spec};
-use super::settings::Setting;
 use super::stat::Goal;
 use super::{blank, file_bytes};
 use crate::error::{Error, ErrorKind, Result};
@@ -79,10 +79,7 @@ impl Experts {
             figures.insert("miss_rate", read / 1e9 / seconds);
         }
         figures.insert("token_bytes", read / (FLEA_TOKENS - 1) as f64);
-        figures.insert(
-            "cgroup_peak",
-            group.peak_bytes() as f64 / limit_bytes as f64,
-        );
+        figures.extend(group.peak_of_limit().map(|share| ("cgroup_peak", share)));
         Ok(figures)
     }
 
@@ -116,20 +113,13 @@ impl Experts {
             .args(["-o", "json", "-t"])
             .arg(lab.options.threads_count.to_string());
         let done = lab.run(&mut group.wrap(&command), PEER_LIMIT)?;
-        if done.was_killed() && group.oom_kills() > 0 {
-            return Err(Error::new(ErrorKind::NoMemory, "killed: out of memory"));
-        }
+        group.check_survived(&done)?;
         let (prompt_rate, rate) = rates(&done.stdout).ok_or_else(|| {
             Error::new(ErrorKind::Io, format!("llama-bench: {}", done.last_words()))
         })?;
-        Ok(BTreeMap::from([
-            ("prompt_rate", prompt_rate),
-            ("rate", rate),
-            (
-                "cgroup_peak",
-                group.peak_bytes() as f64 / limit_bytes as f64,
-            ),
-        ]))
+        let mut figures = BTreeMap::from([("prompt_rate", prompt_rate), ("rate", rate)]);
+        figures.extend(group.peak_of_limit().map(|share| ("cgroup_peak", share)));
+        Ok(figures)
     }
 
     fn decode_goal(&self) -> Option<f64> {
@@ -152,6 +142,10 @@ fn rates(answer: &str) -> Option<(f64, f64)> {
 }
 
 impl Case for Experts {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
     fn report(&self) -> CaseReport {
         let name = read_ahead_name(self.read_ahead_kib);
         CaseReport {
@@ -174,12 +168,8 @@ impl Case for Experts {
     }
 
     fn round(&mut self, lab: &mut Lab<'_>) -> Result<Vec<Run>> {
-        let context = || format!("{} is on no block device", self.path.display());
-        let queue =
-            queue_of(&self.path).ok_or_else(|| Error::new(ErrorKind::Unsupported, context()))?;
         let model_bytes = file_bytes(&self.path)?;
-        let kib = self.read_ahead_kib.to_string();
-        let _setting = Setting::set(&queue.join("read_ahead_kb"), &kib)?;
+        let _setting = set_read_ahead(&self.path, self.read_ahead_kib)?;
         let mut runs = Vec::new();
         for &limit in &self.limits {
             let limit_bytes = model_bytes / 100 * u64::from(limit);

@@ -3,17 +3,18 @@
 //! A few MiB that are read into again and again stay in a processor's cache and look up to 25 % faster than any program
 //! that keeps what it reads. So there are two lines, and every ratio says which one it uses.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::child;
 use super::settings::Setting;
+use super::stat::Series;
+use super::{child, file_bytes};
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::{HumanBytes, KIB, MIB, PAGE_2M};
+use crate::units::{HumanBytes, KIB, MIB, PAGE_2M, align_down};
 
 /// Memory that a processor's cache does not hold: what "same footprint" means.
 pub const FOOTPRINT_BYTES: u64 = 128 * MIB;
@@ -21,6 +22,10 @@ pub const FOOTPRINT_BYTES: u64 = 128 * MIB;
 const GRACE: Duration = Duration::from_secs(60);
 /// Lines begin at different places of the file, so that none finds what the one before has left in some cache.
 const STRIDE_PERCENT: u64 = 37;
+/// Bytes that a line has room for in each second, before it comes to the end of the file.
+const ROOM_RATE: f64 = 3e9;
+/// Tries of each shape, before one is chosen.
+const TRIES: u32 = 3;
 
 /// Length of a request and how many are in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,7 +102,6 @@ pub struct Chosen {
 /// fio on one file.
 #[derive(Debug)]
 pub struct Fio {
-    path: PathBuf,
     seconds: f64,
     huge_pages: bool,
     turn: u64,
@@ -106,17 +110,16 @@ pub struct Fio {
 }
 
 impl Fio {
-    /// Ready to read `path` for `seconds` a line. Asks the kernel for the huge pages fio needs; where it may not have
+    /// Ready to read for `seconds` a line. Asks the kernel for the huge pages fio needs; where it may not have
     /// them the reason is the second value, and fio reads into 4 KiB pages.
     #[must_use]
-    pub fn new(path: &Path, seconds: f64) -> (Self, Option<String>) {
+    pub fn new(seconds: f64) -> (Self, Option<String>) {
         let wanted = FOOTPRINT_BYTES / PAGE_2M + 8;
         let (setting, refusal) = match Setting::huge_pages(wanted) {
             Ok(setting) => (setting, None),
             Err(error) => (None, Some(format!("fio reads into 4 KiB pages: {error}"))),
         };
         let fio = Self {
-            path: path.to_owned(),
             seconds,
             huge_pages: refusal.is_none(),
             turn: 0,
@@ -125,14 +128,17 @@ impl Fio {
         (fio, refusal)
     }
 
-    /// One line, from one end of the file to the other.
+    /// One line, of as much of a file as there is time for, each from another place on.
     ///
     /// # Errors
     /// `NotFound` without fio, `Io` when it fails or answers nonsense, `Canceled`.
-    pub fn line(&mut self, shape: Shape, stop: &AtomicBool) -> Result<Line> {
+    pub fn line(&mut self, path: &Path, shape: Shape, stop: &AtomicBool) -> Result<Line> {
         self.turn += 1;
-        let mut command = self.command("read", &self.path, shape);
-        command.arg(format!("--offset={}%", self.turn * STRIDE_PERCENT % 90));
+        let mut command = self.command("read", path, shape);
+        // At the end of the file fio begins again where it began: what it has just read, for a drive or a host that keeps some.
+        let room_bytes = file_bytes(path)?.saturating_sub((self.seconds * ROOM_RATE) as u64);
+        let begin = room_bytes / 100 * (self.turn * STRIDE_PERCENT % 100);
+        command.arg(format!("--offset={}", align_down(begin, PAGE_2M)));
         self.run(&mut command, shape, stop)
     }
 
@@ -187,25 +193,29 @@ impl Fio {
         })
     }
 
-    /// Tries every shape once and gives the two best.
+    /// Tries every shape a few times in turn, for a part of a line's time each, and gives the two with the best medians.
     ///
     /// # Errors
     /// Those of [`Fio::line`].
-    pub fn choose(&mut self, stop: &AtomicBool) -> Result<Chosen> {
-        let mut best = (SHAPES[0], 0.0);
-        for shape in SHAPES {
-            let rate = self.line(shape, stop)?.gb_per_second;
-            if rate > best.1 {
-                best = (shape, rate);
+    pub fn choose(&mut self, path: &Path, stop: &AtomicBool) -> Result<Chosen> {
+        let shapes: Vec<Shape> = SHAPES.into_iter().chain(LARGE_SHAPES).collect();
+        let mut rates = vec![Series::default(); shapes.len()];
+        let seconds = self.seconds;
+        self.seconds = seconds / f64::from(TRIES);
+        for _ in 0..TRIES {
+            for (shape, rates) in shapes.iter().zip(&mut rates) {
+                rates.add(self.line(path, *shape, stop)?.gb_per_second);
             }
         }
-        let mut large = (LARGE_SHAPES[0], 0.0);
-        for shape in LARGE_SHAPES {
-            let rate = self.line(shape, stop)?.gb_per_second;
-            if rate > large.1 {
-                large = (shape, rate);
-            }
-        }
+        self.seconds = seconds;
+        let best_of = |range: std::ops::Range<usize>| {
+            let medians = range.map(|at| (shapes[at], rates[at].median().unwrap_or(0.0)));
+            medians
+                .max_by(|a, b| a.1.total_cmp(&b.1))
+                .unwrap_or((SHAPES[0], 0.0))
+        };
+        let large = best_of(SHAPES.len()..shapes.len());
+        let mut best = best_of(0..SHAPES.len());
         if large.1 > best.1 {
             best = large;
         }

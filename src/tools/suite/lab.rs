@@ -2,7 +2,8 @@
 //!
 //! Invariants: variants are interleaved, so that a drive that changes its speed changes it for all of them; a round
 //! within which the drive's own line moved by more than [`SPREAD_MAX`] is thrown away and measured again (as often as
-//! there are rounds, and the report says how often); what was measured before an interruption stays.
+//! there are rounds, and the report says how often, and how many were taken as they were after that); what was measured
+//! before an interruption stays.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -36,6 +37,8 @@ pub struct Options {
     pub locks: Vec<PathBuf>,
     /// Where stock llama.cpp's programs are.
     pub llama_cpp: Option<PathBuf>,
+    /// flea's ggml device, built for it.
+    pub ggml_flea: Option<PathBuf>,
     /// A Python that has the loaders.
     pub python: Option<PathBuf>,
     /// Computing threads, for everybody.
@@ -52,6 +55,10 @@ pub struct Lab<'a> {
     pub stop: &'a AtomicBool,
     /// The drive's own lines.
     pub fio: Fio,
+    /// What they read: the file of the case.
+    pub path: PathBuf,
+    /// What a reader of every case has to know.
+    pub note: Option<String>,
     /// Which of them.
     pub shapes: Chosen,
     /// Tells a person what goes on.
@@ -139,6 +146,8 @@ pub fn find<'a>(runs: &'a [Run], label: &str) -> Option<&'a Run> {
 
 /// One thing to find out.
 pub trait Case {
+    /// The model or file it reads.
+    fn path(&self) -> &Path;
     /// An empty report: name, title, what it is about.
     fn report(&self) -> CaseReport;
     /// Measures every variant once.
@@ -151,18 +160,31 @@ pub trait Case {
 }
 
 impl Lab<'_> {
-    /// Measures a case. The second value is what ended it early.
-    pub fn measure(&mut self, case: &mut dyn Case) -> (CaseReport, Option<Error>) {
+    /// Measures a case and gives the report to `keep` after each round. The second value is what ended it early.
+    ///
+    /// # Errors
+    /// Those of `keep`.
+    pub fn measure(
+        &mut self,
+        case: &mut dyn Case,
+        keep: &mut dyn FnMut(&CaseReport) -> Result<()>,
+    ) -> Result<(CaseReport, Option<Error>)> {
+        case.path().clone_into(&mut self.path);
         let mut report = case.report();
         report.shapes = Some(self.shapes);
         report.version.clone_from(&self.options.version);
+        report.notes.extend(self.note.clone());
+        report.interrupted = true;
         while report.rounds < self.options.rounds {
             if let Err(error) = self.round(case, &mut report) {
-                report.interrupted = true;
-                return (report, Some(error));
+                report.ended_by = Some(error.to_string());
+                keep(&report)?;
+                return Ok((report, Some(error)));
             }
+            report.interrupted = report.rounds < self.options.rounds;
+            keep(&report)?;
         }
-        (report, None)
+        Ok((report, None))
     }
 
     fn round(&mut self, case: &mut dyn Case, report: &mut CaseReport) -> Result<()> {
@@ -187,6 +209,7 @@ impl Lab<'_> {
             report.repeated_rounds += 1;
             return Ok(());
         }
+        report.unsteady_rounds += u32::from(unsteady);
         for line in [before, after] {
             report.fio_best.add(line.best.gb_per_second);
             report.fio_large.add(line.large.gb_per_second);
@@ -229,11 +252,11 @@ impl Lab<'_> {
     }
 
     fn lines(&mut self) -> Result<RoundLine> {
-        let large = self.fio.line(self.shapes.large, self.stop)?;
+        let large = self.fio.line(&self.path, self.shapes.large, self.stop)?;
         let best = if self.shapes.best == self.shapes.large {
             large
         } else {
-            self.fio.line(self.shapes.best, self.stop)?
+            self.fio.line(&self.path, self.shapes.best, self.stop)?
         };
         Ok(RoundLine { best, large })
     }
@@ -250,11 +273,7 @@ impl Lab<'_> {
     #[must_use]
     pub fn flea(&self) -> Command {
         let mut command = Command::new(&self.options.flea);
-        for (name, _) in std::env::vars_os() {
-            if name.to_string_lossy().starts_with("FLEA_") {
-                command.env_remove(name);
-            }
-        }
+        child::without_flea_variables(&mut command);
         command
     }
 

@@ -60,6 +60,10 @@ pub fn walk(model: &Model, pairs: u32) -> Result<()> {
 }
 
 impl Case for Lease {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
     fn report(&self) -> CaseReport {
         CaseReport {
             notes: vec![

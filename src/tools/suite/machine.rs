@@ -9,6 +9,9 @@ use std::path::{Path, PathBuf};
 use nix::sys::stat::{major, minor};
 use serde::{Deserialize, Serialize};
 
+/// What its line is called.
+const LOAD: &str = "load at the start";
+
 /// Processor, memory, kernel, drive, and the settings that change figures.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Machine {
@@ -75,6 +78,16 @@ impl Machine {
         }
     }
 
+    /// What is not as it is `there`, with how it is here; how busy it was changes always.
+    #[must_use]
+    pub fn differences(&self, there: &Self) -> Vec<(&'static str, String)> {
+        let pairs = self.fields().into_iter().zip(there.fields());
+        pairs
+            .filter(|(ours, theirs)| ours != theirs && ours.0 != LOAD)
+            .map(|(ours, _)| ours)
+            .collect()
+    }
+
     /// One line for each thing, for a table.
     #[must_use]
     pub fn fields(&self) -> Vec<(&'static str, String)> {
@@ -106,7 +119,7 @@ impl Machine {
             ("scheduler", or_unknown(&self.scheduler)),
             ("read-ahead", read_ahead),
             ("transparent huge pages", or_unknown(&self.huge_pages)),
-            ("load at the start", or_unknown(&self.load)),
+            (LOAD, or_unknown(&self.load)),
         ]
     }
 }

@@ -9,6 +9,7 @@
 pub mod cgroup;
 pub mod child;
 pub mod decode;
+pub mod early;
 pub mod experts;
 pub mod fio;
 pub mod lab;
@@ -22,6 +23,7 @@ pub mod reading;
 pub mod report;
 pub mod settings;
 pub mod stat;
+pub mod stock;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -45,6 +47,10 @@ pub enum Kind {
     Decode,
     /// A long prompt.
     Prefill,
+    /// Compute that begins with a part of a layer.
+    Early,
+    /// Stock llama.cpp on flea's device.
+    Stock,
     /// Stock llama.cpp with Linux's default read-ahead.
     PeersShort,
     /// Stock llama.cpp with a long read-ahead.
@@ -61,11 +67,13 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::Raw,
         Self::Engine,
         Self::Decode,
         Self::Prefill,
+        Self::Early,
+        Self::Stock,
         Self::PeersShort,
         Self::PeersLong,
         Self::ExpertsShort,
@@ -82,6 +90,8 @@ impl Kind {
             Self::Engine => "engine",
             Self::Decode => "decode",
             Self::Prefill => "prefill",
+            Self::Early => "early",
+            Self::Stock => "stock",
             Self::PeersShort => "peers-128k",
             Self::PeersLong => "peers-8m",
             Self::ExpertsShort => "experts-128k",
@@ -95,6 +105,7 @@ impl Kind {
 const ENGINE_BUDGETS: [u32; 5] = [10, 25, 50, 75, 95];
 const DECODE_BUDGETS: [u32; 6] = [10, 25, 50, 75, 95, 110];
 const PREFILL_BUDGETS: [u32; 5] = [10, 25, 50, 75, 95];
+const STOCK_BUDGETS: [u32; 3] = [25, 50, 75];
 const PEER_LIMITS: [u32; 4] = [25, 50, 75, 95];
 const EXPERT_LIMITS: [u32; 2] = [25, 50];
 /// Enough layers to walk over, and quickly read.
@@ -105,14 +116,24 @@ const LEASE_MODEL_BYTES: u64 = 448 * MIB;
 pub struct Outcome {
     /// Each case, also one that was cut short.
     pub cases: Vec<CaseReport>,
-    /// Why it ended before its time.
-    pub ended: Option<Error>,
+    /// What ended a case before its time, or kept it from beginning.
+    pub failures: Vec<Error>,
 }
 
-/// Measures `kinds` on `models` (the first one, where one is enough). `keep` is called with every case as it is done.
+impl Outcome {
+    /// True when it was asked to end.
+    #[must_use]
+    pub fn is_interrupted(&self) -> bool {
+        let mut failures = self.failures.iter();
+        failures.any(|error| error.kind() == ErrorKind::Canceled)
+    }
+}
+
+/// Measures `kinds` on `models` (the first one, where one is enough). `keep` is called with every case after each of its
+/// rounds.
 ///
 /// # Errors
-/// Only what makes all measuring pointless, before anything was: no fio, no model. What comes later is in the outcome.
+/// Only what makes all measuring pointless: no fio, no model, results that cannot be kept. Everything else is in the outcome.
 pub fn measure(
     options: &Options,
     kinds: &[Kind],
@@ -125,120 +146,139 @@ pub fn measure(
     let first = models
         .first()
         .ok_or_else(|| Error::new(ErrorKind::Invalid, "no model to measure with"))?;
-    let (mut fio, refusal) = fio::Fio::new(&first.path, options.fio_seconds);
+    let (mut fio, note) = fio::Fio::new(options.fio_seconds);
     say("looking for the best shapes of fio");
     let shapes = {
         let _alone = settings::Locks::take(&options.locks, stop)?;
-        fio.choose(stop)?
+        fio.choose(&first.path, stop)?
     };
     let mut lab = Lab {
         options,
         stop,
         fio,
+        path: first.path.clone(),
+        note,
         shapes,
         say,
         turn: 0,
     };
     let mut outcome = Outcome {
         cases: Vec::new(),
-        ended: None,
+        failures: Vec::new(),
     };
     for &kind in kinds {
-        let cases = cases(kind, models, directory, &lab);
-        let cases = match cases {
-            Ok(cases) => cases,
-            Err(error) => {
-                outcome.ended = Some(error);
-                break;
-            }
-        };
-        for mut case in cases {
-            let (mut report, ended) = lab.measure(case.as_mut());
-            report.notes.extend(refusal.clone());
-            keep(&report)?;
-            outcome.cases.push(report);
-            if let Some(error) = ended {
-                let over = error.kind() == ErrorKind::Canceled;
-                outcome.ended = Some(error);
-                if over {
-                    return Ok(outcome);
-                }
-            }
+        match cases(kind, models, directory, &lab) {
+            Ok(cases) => run_all(cases, &mut lab, keep, &mut outcome)?,
+            Err(error) => outcome.failures.push(error),
+        }
+        if outcome.is_interrupted() {
+            break;
         }
     }
     Ok(outcome)
 }
 
-fn cases(
-    kind: Kind,
-    models: &[Model],
-    directory: &Path,
-    lab: &Lab<'_>,
-) -> Result<Vec<Box<dyn Case>>> {
+fn run_all(
+    cases: Cases,
+    lab: &mut Lab<'_>,
+    keep: &mut dyn FnMut(&CaseReport) -> Result<()>,
+    outcome: &mut Outcome,
+) -> Result<()> {
+    for mut case in cases {
+        let (report, ended) = lab.measure(case.as_mut(), keep)?;
+        outcome.cases.push(report);
+        outcome.failures.extend(ended);
+        if outcome.is_interrupted() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+type Cases = Vec<Box<dyn Case>>;
+
+fn cases(kind: Kind, models: &[Model], directory: &Path, lab: &Lab<'_>) -> Result<Cases> {
     let path = models[0].path.clone();
-    let each = |make: &dyn Fn(&Model) -> Box<dyn Case>| models.iter().map(make).collect();
-    let limited = |read_ahead_kib: u64| -> Vec<Box<dyn Case>> {
-        vec![Box::new(peers::Limited {
-            path: path.clone(),
-            limits: PEER_LIMITS.to_vec(),
-            read_ahead_kib,
-        })]
-    };
-    let with_experts = |read_ahead_kib: u64| -> Result<Vec<Box<dyn Case>>> {
-        let mut cases: Vec<Box<dyn Case>> = Vec::new();
-        for model in models {
-            if experts::has_experts(&model.path)? {
-                cases.push(Box::new(experts::Experts {
-                    path: model.path.clone(),
-                    slug: model.slug.clone(),
-                    limits: EXPERT_LIMITS.to_vec(),
-                    read_ahead_kib,
-                }));
-            }
-        }
-        if cases.is_empty() {
-            (lab.say)("no model with experts: give one with --models (flea synth --arch qwen3moe)");
-        }
-        Ok(cases)
-    };
     Ok(match kind {
-        Kind::Raw => vec![Box::new(reading::Raw {
+        Kind::Raw => one(reading::Raw {
             path,
             cursor: Cursor::default(),
-        })],
-        Kind::Engine => vec![Box::new(reading::Engine {
+        }),
+        Kind::Engine => one(reading::Engine {
             path,
             budgets: ENGINE_BUDGETS.to_vec(),
-        })],
-        Kind::Decode => each(&|model| {
-            Box::new(decode::Decode {
-                path: model.path.clone(),
-                slug: model.slug.clone(),
-                budgets: DECODE_BUDGETS.to_vec(),
-            })
         }),
-        Kind::Prefill => each(&|model| {
-            Box::new(decode::Prefill {
-                path: model.path.clone(),
-                slug: model.slug.clone(),
-                budgets: PREFILL_BUDGETS.to_vec(),
-            })
+        Kind::Decode => each(models, |path, slug| decode::Decode {
+            path,
+            slug,
+            budgets: DECODE_BUDGETS.to_vec(),
         }),
-        Kind::PeersShort => limited(128),
-        Kind::PeersLong => limited(8192),
-        Kind::ExpertsShort => with_experts(128)?,
-        Kind::ExpertsLong => with_experts(8192)?,
+        Kind::Prefill => each(models, |path, slug| decode::Prefill {
+            path,
+            slug,
+            budgets: PREFILL_BUDGETS.to_vec(),
+        }),
+        Kind::Early => one(early::Early {
+            path,
+            slug: models[0].slug.clone(),
+        }),
+        Kind::Stock => one(stock::Stock {
+            path,
+            budgets: STOCK_BUDGETS.to_vec(),
+        }),
+        Kind::PeersShort => one(peers::Limited::new(path, &PEER_LIMITS, 128)),
+        Kind::PeersLong => one(peers::Limited::new(path, &PEER_LIMITS, 8192)),
+        Kind::ExpertsShort => with_experts(models, 128, lab)?,
+        Kind::ExpertsLong => with_experts(models, 8192, lab)?,
         Kind::Load => {
-            let bytes = file_bytes(&path)?;
-            vec![Box::new(load::Load {
-                safetensors: models::safetensors(lab, directory, bytes)?,
-                path,
-            })]
+            let safetensors = models::safetensors(lab, directory, file_bytes(&path)?)?;
+            check_same_drive(&path, &safetensors)?;
+            one(load::Load { safetensors, path })
         }
-        Kind::Lease => vec![Box::new(lease::Lease {
+        Kind::Lease => one(lease::Lease {
             path: models::safetensors(lab, directory, LEASE_MODEL_BYTES)?,
-        })],
+        }),
     })
+}
+
+fn one(case: impl Case + 'static) -> Cases {
+    vec![Box::new(case)]
+}
+
+fn each<C: Case + 'static>(models: &[Model], make: impl Fn(PathBuf, String) -> C) -> Cases {
+    let make = |model: &Model| Box::new(make(model.path.clone(), model.slug.clone())) as _;
+    models.iter().map(make).collect()
+}
+
+fn with_experts(models: &[Model], read_ahead_kib: u64, lab: &Lab<'_>) -> Result<Cases> {
+    let mut cases: Cases = Vec::new();
+    for model in models {
+        if experts::has_experts(&model.path)? {
+            cases.push(Box::new(experts::Experts {
+                path: model.path.clone(),
+                slug: model.slug.clone(),
+                limits: EXPERT_LIMITS.to_vec(),
+                read_ahead_kib,
+            }));
+        }
+    }
+    if cases.is_empty() {
+        (lab.say)("no model with experts: give one with --models (flea synth --arch qwen3moe)");
+    }
+    Ok(cases)
+}
+
+/// Loaders are compared on one drive, whose fio lines are those of the first file.
+fn check_same_drive(model: &Path, other: &Path) -> Result<()> {
+    if machine::queue_of(model) == machine::queue_of(other) {
+        return Ok(());
+    }
+    let context = format!(
+        "{} and {} are on different drives, and their rates cannot be compared; give --scratch a directory on the model's",
+        model.display(),
+        other.display()
+    );
+    Err(Error::new(ErrorKind::Invalid, context))
 }
 
 /// A report without results.
@@ -253,7 +293,10 @@ pub fn blank(name: &str, title: &str, about: &str, path: &Path) -> CaseReport {
         version: String::new(),
         rounds: 0,
         repeated_rounds: 0,
+        unsteady_rounds: 0,
         interrupted: false,
+        ended_by: None,
+        machine: Some(machine::Machine::look(path)),
         shapes: None,
         fio_best: Series::default(),
         fio_large: Series::default(),
@@ -310,8 +353,15 @@ pub fn llama_cpp_directory(cache: &Path) -> Option<PathBuf> {
         .map(|path| path.join("build/bin"))
         .filter(|path| path.is_dir())
         .collect();
-    found.sort();
+    found.sort_by_cached_key(|path| version(path));
     found.pop()
+}
+
+/// The numbers in a path: 0.3.36 is behind 0.3.9.
+fn version(path: &Path) -> Vec<u64> {
+    let text = path.to_string_lossy();
+    let numbers = text.split(|letter: char| !letter.is_ascii_digit());
+    numbers.filter_map(|number| number.parse().ok()).collect()
 }
 
 #[cfg(test)]
@@ -322,7 +372,7 @@ mod tests {
     fn the_latest_llama_cpp_is_taken() {
         let cache = tempfile::tempdir().unwrap();
         assert_eq!(llama_cpp_directory(cache.path()), None);
-        for version in ["llama.cpp-0.3.35", "llama.cpp-0.3.36", "other"] {
+        for version in ["llama.cpp-0.3.9", "llama.cpp-0.3.36", "other"] {
             std::fs::create_dir_all(cache.path().join(version).join("build/bin")).unwrap();
         }
         let found = llama_cpp_directory(cache.path()).unwrap();

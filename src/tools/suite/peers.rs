@@ -5,11 +5,10 @@
 //! kills is a result; a peer that is not there is said to be missing.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use super::blank;
 use super::cgroup::Cgroup;
 use super::child::Finished;
 use super::decode::{CONTEXT_TOKENS, figures};
@@ -18,6 +17,7 @@ use super::machine::queue_of;
 use super::report::{Book, CaseReport, Spec};
 use super::settings::Setting;
 use super::stat::Goal;
+use super::{blank, file_bytes};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::cached;
 use crate::units::MIB;
@@ -26,7 +26,7 @@ use crate::units::MIB;
 pub(super) const CHARGED_BESIDES_BYTES: u64 = 48 * MIB;
 /// A peer that is slower than this for a handful of tokens is not waited for.
 pub(super) const PEER_LIMIT: Duration = Duration::from_secs(400);
-const PROMPT: &str = "The quick brown fox";
+pub(super) const PROMPT: &str = "The quick brown fox";
 /// The first token pays for loading; the rest are steady.
 const TOKENS: usize = 3;
 /// With flea they are quicker, and more of them make a better rate.
@@ -79,6 +79,16 @@ pub struct Limited {
 }
 
 impl Limited {
+    /// flea and llama.cpp on a model, with these limits and that read-ahead of the device.
+    #[must_use]
+    pub fn new(path: PathBuf, limits: &[u32], read_ahead_kib: u64) -> Self {
+        Self {
+            path,
+            limits: limits.to_vec(),
+            read_ahead_kib,
+        }
+    }
+
     fn goal(&self, limit: u32) -> Option<f64> {
         let (short, long) = match limit {
             25 => (3.5, 1.7),
@@ -101,14 +111,10 @@ impl Limited {
         let mut command = lab.flea_run(&self.path, CONTEXT_TOKENS);
         command.args(["-p", PROMPT, "-n", &FLEA_TOKENS.to_string()]);
         command.args(["--memory", &memory_bytes.to_string()]);
-        let (answer, _) = lab.flea_json(&mut group.wrap(&command))?;
+        let (answer, done) = lab.flea_json(&mut group.wrap(&command))?;
         let mut figures = figures(&answer, FLEA_TOKENS)?;
         figures.insert("token_bytes", number(&answer, "streamed_bytes_per_pass")?);
-        figures.insert("faults", 0.0);
-        figures.insert(
-            "cgroup_peak",
-            group.peak_bytes() as f64 / limit_bytes as f64,
-        );
+        count(&mut figures, &done, &group);
         Ok(figures)
     }
 
@@ -138,21 +144,18 @@ impl Limited {
             .args(["--temp", "0", "-no-cnv", "--no-warmup"])
             .args(mode.arguments);
         let done = lab.run(&mut group.wrap(&command), PEER_LIMIT)?;
-        if done.was_killed() && group.oom_kills() > 0 {
-            return Err(Error::new(ErrorKind::NoMemory, "killed: out of memory"));
-        }
-        let rate = steady_rate(&done)?;
-        Ok(BTreeMap::from([
-            ("rate", rate),
-            // The prompt is a pass as well.
-            ("token_bytes", done.read_bytes as f64 / TOKENS as f64),
-            ("faults", done.major_faults as f64 / TOKENS as f64),
-            (
-                "cgroup_peak",
-                group.peak_bytes() as f64 / limit_bytes as f64,
-            ),
-        ]))
+        group.check_survived(&done)?;
+        let mut figures = BTreeMap::from([("rate", steady_rate(&done)?)]);
+        count(&mut figures, &done, &group);
+        Ok(figures)
     }
+}
+
+/// What the kernel counted for a program from its start to its end.
+fn count(figures: &mut BTreeMap<&'static str, f64>, done: &Finished, group: &Cgroup) {
+    figures.insert("read_bytes", done.read_bytes as f64);
+    figures.insert("faults", done.major_faults as f64);
+    figures.extend(group.peak_of_limit().map(|share| ("cgroup_peak", share)));
 }
 
 /// One of stock llama.cpp's programs.
@@ -179,31 +182,44 @@ pub(super) fn llama_cpp(lab: &Lab<'_>, program: &str) -> Result<Command> {
 
 /// Tokens per second after the first, from what llama.cpp prints at its end.
 fn steady_rate(done: &Finished) -> Result<f64> {
-    let milliseconds = |line: &str| {
-        let value = line.split_once('=')?.1.trim_start();
-        value.split(' ').next()?.parse::<f64>().ok()
-    };
-    let find_line = |key: &str| {
-        done.stderr.lines().chain(done.stdout.lines()).find(|line| {
-            line.contains(key) && (key != " eval time" || !line.contains("prompt eval time"))
-        })
-    };
+    let (seconds, tokens) = spent(done, " eval time")?;
+    Ok(tokens / seconds)
+}
+
+/// The seconds that llama.cpp says it has spent on `key` (" eval time", "prompt eval time"), and on how many tokens.
+///
+/// # Errors
+/// `Io`: it failed, or does not say.
+pub(super) fn spent(done: &Finished, key: &str) -> Result<(f64, f64)> {
     let failed = || Error::new(ErrorKind::Io, format!("llama.cpp: {}", done.last_words()));
     if !done.status.success() {
         return Err(failed());
     }
-    let line = find_line(" eval time").ok_or_else(failed)?;
-    let runs: f64 = line
+    let wants_prompt = key.starts_with("prompt");
+    let mut lines = done.stderr.lines().chain(done.stdout.lines());
+    let line = lines
+        .find(|line| line.contains(key) && line.contains("prompt eval time") == wants_prompt)
+        .ok_or_else(failed)?;
+    let first_number = |text: &str| text.trim_start().split(' ').next()?.parse::<f64>().ok();
+    let milliseconds = line
+        .split_once('=')
+        .and_then(|(_, rest)| first_number(rest));
+    let tokens = line
         .split_once('/')
-        .and_then(|(_, rest)| rest.trim().split(' ').next()?.parse().ok())
-        .ok_or_else(failed)?;
-    let spent = milliseconds(line)
-        .filter(|ms| *ms > 0.0)
-        .ok_or_else(failed)?;
-    Ok(runs / spent * 1e3)
+        .and_then(|(_, rest)| first_number(rest));
+    match (milliseconds, tokens) {
+        (Some(milliseconds), Some(tokens)) if milliseconds > 0.0 => {
+            Ok((milliseconds / 1e3, tokens))
+        }
+        _ => Err(failed()),
+    }
 }
 
 impl Case for Limited {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
     fn report(&self) -> CaseReport {
         let kib = self.read_ahead_kib;
         let name = format!("peers-{}", read_ahead_name(kib));
@@ -213,29 +229,17 @@ impl Case for Limited {
                 &name,
                 &format!("Against stock llama.cpp under the same limit, read-ahead {kib} KiB"),
                 "Each alone in a memory cgroup limited to that share of the model file, context 256, page cache cold (proven by \
-                 cachestat or mincore) before each; flea gets the limit less 48 MiB as --memory. Steady tokens after the first. Read per token \
-                 and major faults are the kernel's counts for the process.",
+                 cachestat or mincore) before each; flea gets the limit less 48 MiB as --memory. Steady tokens after the first: 5 of flea, \
+                 2 of llama.cpp. GB read and major faults are the kernel's counts for the process from its start to its end, with loading \
+                 and the prompt; GB planned per token is what flea's plan streams.",
                 &self.path,
             )
         }
     }
 
     fn round(&mut self, lab: &mut Lab<'_>) -> Result<Vec<Run>> {
-        let queue = queue_of(&self.path).ok_or_else(|| {
-            Error::new(
-                ErrorKind::Unsupported,
-                format!("{} is on no block device", self.path.display()),
-            )
-        })?;
-        let model_bytes = std::fs::metadata(&self.path)
-            .map_err(|error| {
-                Error::from_io(&error, format_args!("look at {}", self.path.display()))
-            })?
-            .len();
-        let _setting = Setting::set(
-            &queue.join("read_ahead_kb"),
-            &self.read_ahead_kib.to_string(),
-        )?;
+        let model_bytes = file_bytes(&self.path)?;
+        let _setting = set_read_ahead(&self.path, self.read_ahead_kib)?;
         let mut runs = Vec::new();
         for &limit in &self.limits {
             let limit_bytes = model_bytes / 100 * u64::from(limit);
@@ -262,8 +266,9 @@ impl Case for Limited {
             };
             book.add(&run.label, Spec::figure("tokens/s", 3), rate);
             for (name, decimals, key, scale) in [
-                ("GB read per token", 2, "token_bytes", 1e-9),
-                ("major faults per token", 0, "faults", 1.0),
+                ("GB planned per token", 2, "token_bytes", 1e-9),
+                ("GB read in all", 2, "read_bytes", 1e-9),
+                ("major faults in all", 0, "faults", 1.0),
                 ("cgroup peak of limit", 2, "cgroup_peak", 1.0),
             ] {
                 if let Some(value) = run.get(key) {
@@ -286,6 +291,16 @@ impl Case for Limited {
             book.add(&label("flea", limit), times, flea / peer);
         }
     }
+}
+
+/// Sets the read-ahead of the device below a file, until the setting is dropped.
+///
+/// # Errors
+/// `Unsupported` for a file on no block device; those of [`Setting::set`].
+pub(super) fn set_read_ahead(path: &Path, kib: u64) -> Result<Setting> {
+    let context = || format!("{} is on no block device", path.display());
+    let queue = queue_of(path).ok_or_else(|| Error::new(ErrorKind::Unsupported, context()))?;
+    Setting::set(&queue.join("read_ahead_kb"), &kib.to_string())
 }
 
 /// "8m", "128k": a part of a case's name.
@@ -324,6 +339,7 @@ mod tests {
                     common_perf_print: prompt eval time =   4000.00 ms /     5 tokens (  800.00 ms per token,     1.25 tokens per second)\n\
                     common_perf_print:        eval time =   8000.00 ms /     2 runs   ( 4000.00 ms per token,     0.25 tokens per second)\n";
         assert_eq!(steady_rate(&said(text)).unwrap(), 0.25);
+        assert_eq!(spent(&said(text), "prompt eval time").unwrap(), (4.0, 5.0));
         assert!(steady_rate(&said("error: no such model")).is_err());
     }
 

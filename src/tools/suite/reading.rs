@@ -2,7 +2,7 @@
 //! whole model into memory beside other loaders.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,6 +42,10 @@ pub struct Raw {
 }
 
 impl Case for Raw {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
     fn report(&self) -> CaseReport {
         CaseReport {
             plot: Some(RATE.name.to_owned()),
@@ -59,7 +63,7 @@ impl Case for Raw {
     fn round(&mut self, lab: &mut Lab<'_>) -> Result<Vec<Run>> {
         let mut runs = Vec::new();
         for shape in SHAPES.into_iter().chain(LARGE_SHAPES) {
-            let line = lab.fio.line(shape, lab.stop).map(|line| {
+            let line = lab.fio.line(&self.path, shape, lab.stop).map(|line| {
                 BTreeMap::from([
                     ("rate", line.gb_per_second),
                     ("cpu", line.cpu_seconds_per_gb),
@@ -156,6 +160,10 @@ const ENGINE_MODELS: f64 = 1.0;
 const ENGINE_PASSES_MAX: f64 = 12.0;
 
 impl Case for Engine {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
     fn report(&self) -> CaseReport {
         CaseReport {
             plot: Some(RATE.name.to_owned()),

@@ -151,8 +151,17 @@ pub struct CaseReport {
     pub rounds: u32,
     /// Rounds thrown away and measured again because the drive changed within them.
     pub repeated_rounds: u32,
+    /// Rounds that count although the drive changed within them: measuring again had not helped.
+    #[serde(default)]
+    pub unsteady_rounds: u32,
     /// Ended before all its rounds.
     pub interrupted: bool,
+    /// What ended it.
+    #[serde(default)]
+    pub ended_by: Option<String>,
+    /// Where it was measured.
+    #[serde(default)]
+    pub machine: Option<Machine>,
     /// Which fio lines.
     pub shapes: Option<Chosen>,
     /// The best fio line, before and after each round.
@@ -193,14 +202,35 @@ impl CaseReport {
             .count()
     }
 
-    fn markdown(&self, plot_file: Option<&str>) -> String {
+    /// True for a part of what another one is, or is a larger part of.
+    fn is_less_than(&self, other: &Self) -> bool {
+        let is_as_long = self.rounds == other.rounds;
+        self.interrupted && (self.rounds < other.rounds || is_as_long && !other.interrupted)
+    }
+
+    fn rounds_text(&self) -> String {
+        let mut text = format!("{} rounds", self.rounds);
+        // Writing to a String cannot fail.
+        if self.repeated_rounds > 0 {
+            let more = self.repeated_rounds;
+            let _ = write!(
+                text,
+                ", {more} more thrown away: the drive changed within them"
+            );
+        }
+        if self.unsteady_rounds > 0 {
+            let few = self.unsteady_rounds;
+            let _ = write!(
+                text,
+                ", {few} of them taken although the drive changed within"
+            );
+        }
+        text
+    }
+
+    fn markdown(&self, plot_file: Option<&str>, here: &Machine) -> String {
         let mut text = format!("## {}\n\n{}\n\n", self.title, self.about);
-        let rounds = match (self.rounds, self.repeated_rounds) {
-            (rounds, 0) => format!("{rounds} rounds"),
-            (rounds, more) => {
-                format!("{rounds} rounds ({more} more thrown away: the drive changed within them)")
-            }
-        };
+        let rounds = self.rounds_text();
         // Writing to a String cannot fail.
         let _ = writeln!(
             text,
@@ -208,8 +238,14 @@ impl CaseReport {
             self.model, self.measured_at, self.version
         );
         text += &self.fio_lines();
+        if let Some(machine) = &self.machine {
+            for (name, value) in machine.differences(here) {
+                let _ = writeln!(text, "Measured with another {name}: {value}.");
+            }
+        }
         if self.interrupted {
-            text += "\n**Interrupted: fewer rounds than asked for.**\n";
+            let cause = self.ended_by.as_deref().unwrap_or("interrupted");
+            let _ = writeln!(text, "\n**Fewer rounds than asked for: {cause}.**");
         }
         text += &self.table();
         for row in &self.rows.rows {
@@ -303,12 +339,15 @@ pub struct Report {
 }
 
 impl Report {
-    /// Takes `case` in, in place of an older one of that name.
-    pub fn put(&mut self, case: CaseReport) {
+    /// Takes `case` in, in place of an older one of that name; false where that one has as many rounds, and this has not all
+    /// that it was to have.
+    pub fn put(&mut self, case: CaseReport) -> bool {
         match self.cases.iter_mut().find(|old| old.name == case.name) {
+            Some(old) if case.is_less_than(old) => return false,
             Some(old) => *old = case,
             None => self.cases.push(case),
         }
+        true
     }
 
     /// The page. `plots` are the names of the files of the cases that have one, in the order of the cases.
@@ -341,7 +380,9 @@ impl Report {
             .cases
             .iter()
             .enumerate()
-            .map(|(index, case)| case.markdown(plots.get(index).and_then(Option::as_deref)))
+            .map(|(index, case)| {
+                case.markdown(plots.get(index).and_then(Option::as_deref), &self.machine)
+            })
             .collect();
         text + &sections.join("\n")
     }
@@ -370,7 +411,10 @@ mod tests {
             version: "0.1.0".to_owned(),
             rounds: 1,
             repeated_rounds: 0,
+            unsteady_rounds: 0,
             interrupted: false,
+            ended_by: None,
+            machine: None,
             shapes: Some(Chosen {
                 best: super::super::fio::SHAPES[0],
                 large: super::super::fio::LARGE_SHAPES[0],
@@ -407,9 +451,28 @@ mod tests {
         let mut apart = case(&[2.0, 1.0]);
         let ratio = Spec::ratio("of fio").goal(Goal::AtLeast(0.97));
         apart.rows.add("flea 10 %", ratio, 0.7);
-        report.put(apart);
+        assert!(report.put(apart.clone()));
         assert_eq!(report.cases.len(), 1);
+        let mut cut_short = apart;
+        cut_short.interrupted = true;
+        assert!(!report.put(cut_short.clone()), "it has no more rounds");
+        cut_short.rounds = 2;
+        cut_short.ended_by = Some("the disk is full".to_owned());
+        cut_short.machine = Some(report.machine.clone());
+        report.put(cut_short.clone());
+        assert!(
+            report
+                .markdown(&[])
+                .contains("**Fewer rounds than asked for: the disk is full.**")
+        );
+        report.machine.kernel = "another".to_owned();
         let page = report.markdown(&[]);
+        assert!(page.contains("Measured with another kernel: "), "{page}");
+        cut_short.interrupted = false;
+        cut_short.machine = None;
+        report.put(cut_short);
+        let page = report.markdown(&[]);
+        assert!(!page.contains("Measured with another"), "{page}");
         assert!(
             page.contains("| flea 10 % | 1.95 | NOISY (0.700..0.980) |")
                 && page.contains("The drive changed its speed"),

@@ -126,7 +126,8 @@ impl Measure {
                 .is_some_and(|spread| spread > SPREAD_MAX)
     }
 
-    /// The verdict, if there is a goal. What every sample reaches is reached, however far apart they lie.
+    /// The verdict, if there is a goal. What every sample reaches is reached and what none reaches is missed, however far apart
+    /// they lie.
     #[must_use]
     pub fn verdict(&self) -> Option<Verdict> {
         let goal = self.goal?;
@@ -134,6 +135,7 @@ impl Measure {
         Some(match self.series.median() {
             None => Verdict::Missing,
             Some(_) if self.series.samples.iter().all(met) => Verdict::Pass,
+            Some(_) if !self.series.samples.iter().any(met) => Verdict::Miss,
             Some(_) if self.is_noisy() => Verdict::Noisy,
             Some(median) if goal.is_met(median) => Verdict::Pass,
             Some(_) => Verdict::Miss,
@@ -149,7 +151,8 @@ impl Measure {
         else {
             return "-".to_owned();
         };
-        if self.is_noisy() && self.verdict() != Some(Verdict::Pass) {
+        let is_told = matches!(self.verdict(), Some(Verdict::Pass | Verdict::Miss));
+        if self.is_noisy() && !is_told {
             return format!(
                 "{} ({min:.decimals$}..{max:.decimals$})",
                 Verdict::Noisy.name()
@@ -211,6 +214,8 @@ mod tests {
         );
         let far = measure(&[8.0, 12.0, 9.0], Goal::AtLeast(5.0));
         assert_eq!(far.cell(), "9.00 (8.00..12.00) PASS");
+        let never = measure(&[2.0, 3.0, 2.5], Goal::AtLeast(5.0));
+        assert_eq!(never.cell(), "2.50 (2.00..3.00) MISS");
         let absolute = Measure {
             ratio: false,
             ..measure(&[1.3, 0.9, 1.4], Goal::AtMost(1.2))
