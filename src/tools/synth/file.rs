@@ -1,19 +1,20 @@
-//! A file that is there completely or not at all: written as `NAME.tmp`, synced, then renamed.
+//! A file that is there completely or not at all: written without a name, synced, then given its own.
 //!
-//! Dropped before [`OutputFile::commit`] (an error, Ctrl-C, a panic) it removes what it wrote. The space is reserved
-//! before the first byte, so a full disk is known at once. Written with O_DIRECT where the filesystem has it: three
-//! times as fast as through the page cache and a sync here, a model of many gigabytes does not displace what else is
+//! Ended before [`OutputFile::commit`] (an error, Ctrl-C, a panic, SIGKILL) it leaves nothing: see `publish`. The space is
+//! reserved before the first byte, so a full disk is known at once. Written with O_DIRECT where the filesystem has it:
+//! three times as fast as through the page cache and a sync here, a model of many gigabytes does not displace what else is
 //! cached, and a measurement on it begins cold.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use nix::sys::statvfs::statvfs;
 
+use super::publish::{Unpublished, directory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{HumanBytes, MIB, PAGE_4K};
 
@@ -25,23 +26,16 @@ const ALIGN_BYTES: usize = PAGE_4K as usize;
 /// A file being written.
 #[derive(Debug)]
 pub struct OutputFile {
-    file: File,
+    unpublished: Unpublished,
     path: PathBuf,
-    temporary: PathBuf,
+    /// Replace what has the name.
+    force: bool,
     /// Memory of one write and a page more; the aligned part begins at `staging_begin`.
     staging: Vec<u8>,
     staging_begin: usize,
     staged_bytes: usize,
     /// What is in the file already, without what is staged.
     written_bytes: u64,
-    committed: bool,
-}
-
-/// `NAME.tmp`.
-fn temporary_path(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".tmp");
-    PathBuf::from(name)
 }
 
 /// Refuses an output that stands already (unless `force`), is no regular file, or has no directory to stand in.
@@ -55,10 +49,7 @@ pub fn check_target(path: &Path, force: bool) -> Result<()> {
             ErrorKind::Invalid,
             format!("{shown} exists and is not a regular file; choose another name"),
         )),
-        Ok(_) if !force => Err(Error::new(
-            ErrorKind::Invalid,
-            format!("{shown} exists; use --force to replace it"),
-        )),
+        Ok(_) if !force => Err(exists(path)),
         Ok(_) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let parent = directory(path);
@@ -73,11 +64,9 @@ pub fn check_target(path: &Path, force: bool) -> Result<()> {
     }
 }
 
-fn directory(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
+fn exists(path: &Path) -> Error {
+    let context = format!("{} exists; use --force to replace it", path.display());
+    Error::new(ErrorKind::Invalid, context)
 }
 
 /// Refuses when the filesystem of `path` has less than `needed_bytes` free.
@@ -115,36 +104,22 @@ fn no_space(path: &Path, needed_bytes: u64, free_bytes: Option<u64>) -> Error {
 }
 
 impl OutputFile {
-    /// Creates `path`.tmp and reserves `len_bytes` for it.
+    /// Begins a file that is to become `path`, and reserves `len_bytes` for it.
     ///
     /// # Errors
-    /// The directory cannot be written, the disk is full, or another writer's `.tmp` stands there (`force` removes it).
+    /// The directory cannot be written, or the disk is full.
     pub fn create(path: &Path, len_bytes: u64, force: bool) -> Result<Self> {
-        let temporary = temporary_path(path);
-        let shown = temporary.display();
-        if force && let Err(error) = fs::remove_file(&temporary) {
-            // Not there is the normal case; anything else the open below reports.
-            log::debug!("remove {shown}: {error}");
-        }
-        let file = create_new(&temporary).map_err(|error| match error.kind() {
-            io::ErrorKind::AlreadyExists => Error::new(
-                ErrorKind::Invalid,
-                format!(
-                    "{shown} exists: it is being written, or a writer was killed; use --force to replace it"
-                ),
-            ),
-            _ => Error::from_io(&error, format!("create {shown}")),
-        })?;
+        let unpublished = Unpublished::create(path)
+            .map_err(|error| Error::from_io(&error, format!("create {}", path.display())))?;
         let staging = vec![0; STAGING_BYTES + ALIGN_BYTES];
         let output = Self {
-            file,
+            unpublished,
             path: path.to_owned(),
-            temporary,
+            force,
             staging_begin: staging.as_ptr().align_offset(ALIGN_BYTES).min(ALIGN_BYTES),
             staging,
             staged_bytes: 0,
             written_bytes: 0,
-            committed: false,
         };
         output.reserve(len_bytes)?;
         Ok(output)
@@ -152,7 +127,7 @@ impl OutputFile {
 
     fn reserve(&self, len_bytes: u64) -> Result<()> {
         let len = i64::try_from(len_bytes).map_err(|_| no_space(&self.path, len_bytes, None))?;
-        match fallocate(&self.file, FallocateFlags::empty(), 0, len) {
+        match fallocate(self.unpublished.file(), FallocateFlags::empty(), 0, len) {
             Ok(()) => Ok(()),
             // The filesystem cannot reserve; the writes themselves will tell.
             Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(()),
@@ -162,28 +137,26 @@ impl OutputFile {
                 format!(
                     "reserve {} for {}",
                     HumanBytes(len_bytes),
-                    self.temporary.display()
+                    self.path.display()
                 ),
             )),
         }
     }
 
-    /// Everything to the drive. The file keeps its temporary name.
+    /// Everything to the drive. The file has no name yet.
     ///
     /// # Errors
     /// The drive or filesystem failed.
     pub fn sync(&mut self) -> Result<()> {
         let len_bytes = self.written_bytes + self.staged_bytes as u64;
         self.write_staged()
-            .and_then(|()| self.file.set_len(len_bytes))
-            .and_then(|()| self.file.sync_all())
-            .map_err(|error| {
-                Error::from_io(&error, format!("write {}", self.temporary.display()))
-            })?;
+            .and_then(|()| self.unpublished.file().set_len(len_bytes))
+            .and_then(|()| self.unpublished.file().sync_all())
+            .map_err(|error| Error::from_io(&error, format!("write {}", self.path.display())))?;
         // Nothing is cached after O_DIRECT; without it the pages are clean now and can go.
         let advice = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
-        if let Err(errno) = posix_fadvise(&self.file, 0, 0, advice) {
-            log::debug!("drop cached pages of {}: {errno}", self.temporary.display());
+        if let Err(errno) = posix_fadvise(self.unpublished.file(), 0, 0, advice) {
+            log::debug!("drop cached pages of {}: {errno}", self.path.display());
         }
         Ok(())
     }
@@ -193,7 +166,8 @@ impl OutputFile {
         let padded = self.staged_bytes.next_multiple_of(ALIGN_BYTES);
         let staged = &mut self.staging[self.staging_begin..][..padded];
         staged[self.staged_bytes..].fill(0);
-        self.file.write_all_at(staged, self.written_bytes)?;
+        let file = self.unpublished.file();
+        file.write_all_at(staged, self.written_bytes)?;
         self.written_bytes += self.staged_bytes as u64;
         self.staged_bytes = 0;
         Ok(())
@@ -202,41 +176,24 @@ impl OutputFile {
     /// Gives the file its name.
     ///
     /// # Errors
-    /// It cannot be renamed; it is removed then.
-    pub fn commit(mut self) -> Result<()> {
-        fs::rename(&self.temporary, &self.path).map_err(|error| {
-            Error::from_io(&error, format!("rename to {}", self.path.display()))
+    /// `Invalid` where another file got it first and is not to be replaced; what renaming and syncing give. A file without
+    /// its name is gone when it is dropped.
+    pub fn commit(&mut self) -> Result<()> {
+        let shown = self.path.display();
+        let published = self.unpublished.publish(self.force);
+        published.map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => exists(&self.path),
+            _ => Error::from_io(&error, format!("give {shown} its name")),
         })?;
-        self.committed = true;
         // The name is only as lasting as the directory that holds it.
         File::open(directory(&self.path))
             .and_then(|directory| directory.sync_all())
-            .map_err(|error| {
-                Error::from_io(
-                    &error,
-                    format!("sync the directory of {}", self.path.display()),
-                )
-            })
+            .map_err(|error| Error::from_io(&error, format!("sync the directory of {shown}")))
     }
-}
 
-fn create_new(path: &Path) -> io::Result<File> {
-    let mut options = OpenOptions::new();
-    options.write(true).create_new(true);
-    match options.clone().custom_flags(libc::O_DIRECT).open(path) {
-        // The filesystem has no O_DIRECT, but Linux has made the file by the time it finds out.
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-            log::info!(
-                "{}: no O_DIRECT here, writing through the page cache",
-                path.display()
-            );
-            options
-                .create_new(false)
-                .truncate(true)
-                .create(true)
-                .open(path)
-        }
-        result => result,
+    /// Takes the name away again, where this file still has it.
+    pub fn withdraw(&self) {
+        self.unpublished.withdraw();
     }
 }
 
@@ -258,19 +215,6 @@ impl Write for OutputFile {
     }
 }
 
-impl Drop for OutputFile {
-    fn drop(&mut self) {
-        if !self.committed
-            && let Err(error) = fs::remove_file(&self.temporary)
-        {
-            log::warn!(
-                "{} is incomplete and could not be removed: {error}",
-                self.temporary.display()
-            );
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -281,7 +225,7 @@ mod tests {
         let path = directory.path().join("m.gguf");
         let mut output = OutputFile::create(&path, 4096, false).unwrap();
         output.write_all(b"half").unwrap();
-        assert!(temporary_path(&path).exists());
+        assert!(!path.exists());
         drop(output);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
@@ -328,9 +272,41 @@ mod tests {
         );
         let nowhere = directory.path().join("no/m.gguf");
         assert_eq!(kind(check_target(&nowhere, true)), ErrorKind::NotFound);
-        fs::write(temporary_path(&path), b"").unwrap();
-        let second = OutputFile::create(&path, 1, false).unwrap_err();
-        assert!(second.to_string().contains("being written"), "{second}");
+        let lost = OutputFile::create(&nowhere, 1, false).unwrap_err();
+        assert_eq!(lost.kind(), ErrorKind::NotFound, "{lost}");
+    }
+
+    /// What the one has written whole is published whole while the other is in the middle, and the other way round.
+    #[test]
+    fn two_writers_do_not_meet() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("m.gguf");
+        let begin = |force, text: &[u8]| {
+            let mut output = OutputFile::create(&path, 1 << 20, force).unwrap();
+            output.write_all(text).unwrap();
+            output
+        };
+        for force in [false, true] {
+            let mut first = begin(force, b"the first, whole");
+            let mut second = begin(true, b"the second");
+            first.sync().unwrap();
+            first.commit().unwrap();
+            assert_eq!(fs::read(&path).unwrap(), b"the first, whole");
+            second.write_all(b", whole").unwrap();
+            second.sync().unwrap();
+            second.commit().unwrap();
+            assert_eq!(fs::read(&path).unwrap(), b"the second, whole");
+            // Nothing asked this one to replace what has come meanwhile.
+            let mut third = begin(false, b"the third");
+            third.sync().unwrap();
+            let refused = third.commit().unwrap_err();
+            assert!(refused.to_string().contains("--force"), "{refused}");
+            drop(third);
+            assert_eq!(fs::read(&path).unwrap(), b"the second, whole");
+            drop((first, second));
+            assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+            fs::remove_file(&path).unwrap();
+        }
     }
 
     #[test]

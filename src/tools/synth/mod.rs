@@ -1,13 +1,14 @@
 //! Synthetic models: GGUF files of any size with random weights, which stock llama.cpp loads and runs.
 //!
 //! `blocks` draws the weights, `vocab` makes the words, `arch` names what there is, `shape` decides the sizes, `tensors`
-//! lists what to write, `file` writes it safely. The same seed and shape give the same bytes, on every machine. What the models say means nothing,
+//! lists what to write, `file` writes it safely, `publish` gives it its name. The same seed and shape give the same bytes, on every machine. What the models say means nothing,
 //! but it depends on the prompt, on every layer and on the order of all of them, which is what tests need.
 
 mod arch;
 pub mod blocks;
 pub(super) mod file;
 mod gemma3n;
+mod publish;
 mod roles;
 pub mod router;
 pub mod shape;
@@ -101,7 +102,7 @@ pub fn generate(
         written.push(write_shard(spec, shard, &mut pools, stop, &mut report)?);
         done_bytes += shard.bytes;
     }
-    commit(written, &shards)?;
+    commit(written)?;
     Ok(Report {
         bytes: total_bytes,
         tensors_count: shards.iter().map(|shard| shard.tensors.len()).sum(),
@@ -112,13 +113,10 @@ pub fn generate(
 }
 
 /// All names at the very end, so that a split model never stands there in part.
-fn commit(written: Vec<OutputFile>, shards: &[Shard]) -> Result<()> {
-    for (index, output) in written.into_iter().enumerate() {
-        if let Err(error) = output.commit() {
-            for shard in &shards[..index] {
-                // Best effort: the error that counts is the one returned.
-                let _ = std::fs::remove_file(&shard.path);
-            }
+fn commit(mut written: Vec<OutputFile>) -> Result<()> {
+    for index in 0..written.len() {
+        if let Err(error) = written[index].commit() {
+            written[..=index].iter().for_each(OutputFile::withdraw);
             return Err(error);
         }
     }
