@@ -18,11 +18,11 @@ Examples:
 
 The result is a GGUF file that llama.cpp loads like the original: the same tensors, the same keys but general.alignment,
 tensors in the order of use, each on a page of its own. Parts of a split model become one file. Needs as much free disk as
-the model has; interrupted, it leaves nothing. Whether it is worth it: measure both with `flea bench stream`.
+the model has; interrupted or killed, it leaves nothing. Whether it is worth it: measure both with `flea bench stream`.
 
-With --compress the result is no GGUF: neither llama.cpp nor flea run loads it. bf16 weights take about two thirds of their
-bytes, f16 about 85 %, and --decompress gives the original file back, bit for bit and checked; quantised weights get no
-shorter. The format is described in docs/packed-format.md.";
+With --compress the result is no GGUF: flea run and flea bench stream load it and decode what they read, llama.cpp does not.
+bf16 weights take about two thirds of their bytes, f16 about 85 %, and --decompress gives the original file back, bit for bit
+and checked; quantised weights get no shorter. The format is described in docs/packed-format.md.";
 
 /// Rewrite a model in the order in which its weights are used, or compress it without loss
 #[derive(Debug, clap::Args)]
