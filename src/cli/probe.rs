@@ -384,11 +384,15 @@ fn to_table(
     table.field(
         "drive",
         format!(
-            "{}:{}, model {}, serial {}, {}",
+            "{}:{}, model {}, serial {}, {}, {}",
             device.major,
             device.minor,
             device.model.clone().unwrap_or_else(unknown),
             device.serial.clone().unwrap_or_else(unknown),
+            device.size_bytes.map_or_else(
+                || "size unknown".to_owned(),
+                |bytes| HumanBytes(bytes).to_string()
+            ),
             device.filesystem
         ),
     );

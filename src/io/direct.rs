@@ -115,6 +115,7 @@ pub struct ShardFile {
     len_bytes: u64,
     coded: Option<Box<CodedFile>>,
     filesystem: &'static str,
+    filesystem_id: Option<u64>,
     direct: DirectIo,
     /// What the readers read from: O_DIRECT, or plain where that is not to be had.
     weights: File,
@@ -174,6 +175,7 @@ impl ShardFile {
             len_bytes: identity.len_bytes,
             coded: None,
             filesystem: filesystem.name,
+            filesystem_id: filesystem.id,
             direct,
             weights,
             cached,
@@ -217,6 +219,11 @@ impl ShardFile {
     #[must_use]
     pub const fn filesystem(&self) -> &'static str {
         self.filesystem
+    }
+
+    /// What tells that filesystem from others of its kind.
+    pub(super) const fn filesystem_id(&self) -> Option<u64> {
+        self.filesystem_id
     }
 
     /// What it was when it was opened.

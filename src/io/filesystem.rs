@@ -8,6 +8,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 
 use nix::sys::statfs;
+use nix::sys::statvfs::fstatvfs;
 
 /// What statx says about O_DIRECT.
 pub(super) enum Stated {
@@ -53,6 +54,8 @@ pub(super) const FUSE: &str = "fuse";
 pub(super) struct Filesystem {
     /// Its name for people.
     pub(super) name: &'static str,
+    /// What tells it from every other one of its kind, where it says that: `f_fsid`, made of its UUID as a rule.
+    pub(super) id: Option<u64>,
     /// Whether its files are memory already.
     pub(super) in_memory: bool,
 }
@@ -62,6 +65,7 @@ impl Filesystem {
         let Ok(answer) = statfs::fstatfs(file) else {
             return Self {
                 name: "this filesystem",
+                id: None,
                 in_memory: false,
             };
         };
@@ -87,7 +91,19 @@ impl Filesystem {
         };
         Self {
             name,
+            id: identity(file, name),
             in_memory: matches!(name, "tmpfs" | "ramfs" | "hugetlbfs"),
         }
     }
+}
+
+fn identity(file: &File, name: &str) -> Option<u64> {
+    let id = fstatvfs(file).ok()?.filesystem_id() as u64;
+    // btrfs mixes the number of the subvolume into the upper half; all of them lie on the same drives.
+    let id = if name == "btrfs" {
+        id & u64::from(u32::MAX)
+    } else {
+        id
+    };
+    (id != 0).then_some(id)
 }

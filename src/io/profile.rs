@@ -1,8 +1,9 @@
 //! The profile of a drive: what `flea probe` measured, kept in a cache, looked up by everybody who reads from that drive.
 //!
 //! It answers two questions: how to read (request length and depth for a page size) and how fast that is. Invariants: a
-//! profile is used only for the drive it was measured on (device number, model, serial and filesystem all agree) and only
-//! when every number in it could be true; anything else is the built-in defaults, and says so. A profile is written whole
+//! profile is used only for the drive it was measured on (device number, model, serial, size and filesystem all agree: a
+//! number alone follows the order in which drives are found) and only when every number in it could be true; anything else
+//! is the built-in defaults, and says so. A profile is written whole
 //! or not at all. Place: beside `reader` in `file -> catalog -> plan -> reader -> pool -> lease -> host`.
 
 use std::ffi::OsString;
@@ -28,6 +29,8 @@ pub const NO_PROFILES: &str = "none";
 const REQUEST_BYTES_MAX: u32 = (64 * MIB) as u32;
 /// Fastest drive and memory believed, GB/s: ten times what a machine of today has.
 const RATE_MAX: f64 = 100_000.0;
+/// What the kernel counts a drive's size in, whatever its own sectors are.
+const SECTOR_BYTES: u64 = 512;
 /// Longest file that is taken for a profile.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -76,6 +79,12 @@ pub struct Device {
     pub serial: Option<String>,
     /// The filesystem on it.
     pub filesystem: String,
+    /// How long the whole drive is, where it is a drive.
+    #[serde(default)]
+    pub size_bytes: Option<u64>,
+    /// What tells that filesystem from others, where it says that: `f_fsid`, in hexadecimal.
+    #[serde(default)]
+    pub filesystem_id: Option<String>,
 }
 
 /// A way to read, and how fast it is.
@@ -340,8 +349,8 @@ impl Device {
         let file = File::open(path).map_err(failed)?;
         let device = file.metadata().map_err(failed)?.dev();
         let numbers = (libc::major(device), libc::minor(device));
-        let filesystem = Filesystem::of(&file).name;
-        Ok(Self::of_numbers(numbers, filesystem, Path::new("/")))
+        let Filesystem { name, id, .. } = Filesystem::of(&file);
+        Ok(Self::of_numbers(numbers, (name, id), Path::new("/")))
     }
 
     /// The drive that a shard lies on.
@@ -349,10 +358,12 @@ impl Device {
     pub fn of_shard(file: &ShardFile) -> Self {
         let device = file.identity().device;
         let numbers = (libc::major(device), libc::minor(device));
-        Self::of_numbers(numbers, file.filesystem(), Path::new("/"))
+        let filesystem = (file.filesystem(), file.filesystem_id());
+        Self::of_numbers(numbers, filesystem, Path::new("/"))
     }
 
-    fn of_numbers(numbers: (u32, u32), filesystem: &str, root: &Path) -> Self {
+    /// `filesystem`: its name, and its number where it has one.
+    fn of_numbers(numbers: (u32, u32), filesystem: (&str, Option<u64>), root: &Path) -> Self {
         // btrfs and overlayfs invent a number; the mount table names the drive below.
         let (major, minor) = match numbers {
             (0, minor) => mounted_on(root, minor).unwrap_or(numbers),
@@ -375,8 +386,16 @@ impl Device {
             minor,
             model: text(&["device/model", "dm/name", "md/uuid", "loop/backing_file"]),
             serial: text(&["device/serial", "serial", "dm/uuid", "wwid"]),
-            filesystem: filesystem.to_owned(),
+            filesystem: filesystem.0.to_owned(),
+            size_bytes: text(&["size"])
+                .and_then(|sectors| sectors.parse::<u64>().ok()?.checked_mul(SECTOR_BYTES)),
+            filesystem_id: filesystem.1.map(|id| format!("{id:x}")),
         }
+    }
+
+    /// Whether it is known by its number and names alone, as in profiles of the first form.
+    const fn is_vague(&self) -> bool {
+        self.size_bytes.is_none() && self.filesystem_id.is_none()
     }
 
     /// One file per drive, with a name that a person can place.
@@ -471,10 +490,11 @@ fn find_in(directory: &Path, device: &Device) -> Found {
         .and_then(|text| serde_json::from_str::<Profile>(&text).map_err(|error| error.to_string()));
     match parsed.and_then(|profile| profile.check().map(|()| profile)) {
         Err(reason) => damaged(reason),
-        Ok(profile) if profile.device != *device => {
-            damaged("it was measured on another drive".to_owned())
+        Ok(profile) if profile.device == *device => Found::Measured(Box::new(profile)),
+        Ok(profile) if profile.device.is_vague() => {
+            damaged("it is of an older form, which does not say how large its drive is".to_owned())
         }
-        Ok(profile) => Found::Measured(Box::new(profile)),
+        Ok(_) => damaged("it was measured on another drive".to_owned()),
     }
 }
 

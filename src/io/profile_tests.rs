@@ -10,6 +10,8 @@ fn device() -> Device {
         model: Some("Fast SSD/9".to_owned()),
         serial: None,
         filesystem: "ext4".to_owned(),
+        size_bytes: Some(1 << 40),
+        filesystem_id: Some("c0ffee".to_owned()),
     }
 }
 
@@ -158,13 +160,75 @@ fn a_partition_takes_its_names_from_the_drive() {
     fs::write(drive.join("nvme0n1p2/partition"), "2\n").unwrap();
     fs::write(drive.join("device/model"), "Big One   \n").unwrap();
     fs::write(drive.join("device/serial"), "S123\n").unwrap();
+    fs::write(drive.join("size"), "2000000\n").unwrap();
+    fs::write(drive.join("nvme0n1p2/size"), "7\n").unwrap();
     let numbers = root.path().join("sys/dev/block");
     fs::create_dir_all(&numbers).unwrap();
     std::os::unix::fs::symlink(drive.join("nvme0n1p2"), numbers.join("259:2")).unwrap();
-    let device = Device::of_numbers((259, 2), "xfs", root.path());
+    let device = Device::of_numbers((259, 2), ("xfs", Some(0xabc)), root.path());
     assert_eq!(device.model.as_deref(), Some("Big One"));
     assert_eq!(device.serial.as_deref(), Some("S123"));
     assert_eq!(device.file_name(), "drive-259-2-xfs-Big-One-S123.json");
+    // Of the drive, not of the partition.
+    assert_eq!(device.size_bytes, Some(1_024_000_000));
+    assert_eq!(device.filesystem_id.as_deref(), Some("abc"));
+}
+
+/// Disks of virtual machines have neither model nor serial, and their numbers follow the order in which they are found.
+#[test]
+fn another_drive_under_the_same_number_is_told_apart() {
+    let of = |size_bytes, filesystem_id: Option<&str>| Device {
+        model: None,
+        size_bytes,
+        filesystem_id: filesystem_id.map(str::to_owned),
+        ..device()
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let measured = Profile {
+        device: of(Some(1 << 40), Some("a")),
+        ..profile()
+    };
+    measured.save_in(directory.path()).unwrap();
+    let found = |device: &Device| find_in(directory.path(), device);
+    assert!(found(&measured.device).profile().is_some());
+    for other in [
+        of(Some(1 << 41), Some("a")),
+        of(Some(1 << 40), Some("b")),
+        of(None, None),
+    ] {
+        let Found::Damaged(reason) = found(&other) else {
+            panic!("the rates of another drive were believed: {other:?}");
+        };
+        assert!(reason.contains("another drive"), "{reason}");
+    }
+}
+
+/// What was kept before drives were told apart by size is no error: it says what to do.
+#[test]
+fn a_profile_of_the_first_form_is_measured_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut text = serde_json::to_value(profile()).unwrap();
+    let old = text["device"].as_object_mut().unwrap();
+    old.remove("size_bytes").unwrap();
+    old.remove("filesystem_id").unwrap();
+    let path = directory.path().join(device().file_name());
+    fs::write(&path, text.to_string()).unwrap();
+    let found = find_in(directory.path(), &device());
+    assert_eq!(found.profile(), None);
+    let told = found.to_string();
+    assert!(
+        told.contains("of an older form") && told.contains("run `flea probe`"),
+        "{told}"
+    );
+    // One that is named is as good as it was: its owner says which drive it is of.
+    assert_eq!(Profile::load(&path).unwrap().device.size_bytes, None);
+    // A drive of which nothing more is known today has no newer form.
+    let vague = Device {
+        size_bytes: None,
+        filesystem_id: None,
+        ..device()
+    };
+    assert!(find_in(directory.path(), &vague).profile().is_some());
 }
 
 #[test]
@@ -172,5 +236,10 @@ fn the_drive_below_this_directory_has_a_number() {
     let directory = tempfile::tempdir().unwrap();
     let device = Device::of_path(directory.path()).unwrap();
     assert!(!device.filesystem.is_empty());
+    // The same by way of a file on it, which is how a reader asks.
+    let shard = directory.path().join("shard");
+    fs::write(&shard, [1; 4096]).unwrap();
+    let of_shard = Device::of_shard(&ShardFile::open(&shard).unwrap());
+    assert_eq!(of_shard, device);
     assert!(Device::of_path(&directory.path().join("missing")).is_err());
 }
