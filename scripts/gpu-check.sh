@@ -14,8 +14,8 @@
 # with weights streamed, which must give the tokens that it gives with all of them in VRAM, and how fast, beside llama.cpp's -ngl.
 # OUT (default: gpu-report) gets report.json and report.md; models are written to GPU_CHECK_DIR (default: OUT/models), which
 # should be on the drive that is meant. GPU_CHECK_MODEL is the size of the largest (default 8GiB), GPU_CHECK_HALVES of the one that
-# is compressed (2GiB), GPU_CHECK_KERNELS what the kernels work on (512MiB); GPU_CHECK_PROBE are words for flea probe, for a try that
-# has to be short.
+# is compressed (2GiB), GPU_CHECK_KERNELS what the kernels work on (512MiB); GPU_CHECK_PROBE are words for flea probe (--sustain
+# 5s), for a try that has to be shorter.
 #
 # A step that is done is not done again: where the time is up (GPU_CHECK_SECONDS, default 540) it ends with exit code 75, and
 # the next call goes on from there. Builds go on where they were. What cannot be done there (no nvcc, no compute-sanitizer, ...)
@@ -201,7 +201,8 @@ model=$models/model.gguf
 halves=$models/halves.gguf
 coded=$models/halves.fleapack
 step model 240 "$flea" synth -o "$model" --size "$size" --type q8_0
-read -r -a probe_words <<<"${GPU_CHECK_PROBE:-}"
+# Its default, a minute of reading on, is too much of the time there is.
+read -r -a probe_words <<<"${GPU_CHECK_PROBE:---sustain 5s}"
 answer probe 120 "$flea" probe "$models" --json "${probe_words[@]}"
 stream=("$flea" bench stream "$model" --json)
 into=("${stream[@]}" --gpu 0 --vram 25%)

@@ -22,8 +22,8 @@ use crate::units::{HumanBytes, PAGE_2M, parse_size};
 const EXAMPLES: &str = "\
 Examples:
   flea probe /models
-  flea probe model.gguf --sustain 60s --target 2GB/s
-  flea probe /mnt/usb --size 4GiB --json
+  flea probe model.gguf --target 2GB/s
+  flea probe /mnt/usb --size 4GiB --sustain 5s --json
   flea probe rows --synth 1GiB
 
 The result is kept as the drive's profile under XDG_CACHE_HOME/flea (or FLEA_PROFILE=DIRECTORY; none = keep nothing):
@@ -51,8 +51,8 @@ pub struct Args {
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = super::size)]
     size: u64,
 
-    /// How long to read without a pause, to see whether the drive keeps its rate: 60s, 2m
-    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = duration)]
+    /// How long to read without a pause, to see whether the drive keeps its rate: 5s, 2m
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
     sustain: Duration,
 
     /// Time for one point of the sweep
@@ -519,6 +519,22 @@ mod tests {
         assert!((rate("1GiB/s").unwrap() - 1.073_741_824).abs() < 1e-12);
         assert!(rate("0").is_err() && rate("quick").is_err());
         assert!(percent("0").is_err() && percent("15").is_ok());
+    }
+
+    /// A drive's own cache outlasts a few seconds: whether it keeps its rate is seen in a minute.
+    #[test]
+    fn the_drive_is_read_for_a_minute_unless_told_otherwise() {
+        #[derive(clap::Parser)]
+        struct Program {
+            #[command(flatten)]
+            args: Args,
+        }
+        let sustain = |words: &[&str]| {
+            let words = [&["probe", "/models"], words].concat();
+            <Program as clap::Parser>::parse_from(words).args.sustain
+        };
+        assert_eq!(sustain(&[]), Duration::from_secs(60));
+        assert_eq!(sustain(&["--sustain", "5s"]), Duration::from_secs(5));
     }
 
     #[test]
