@@ -86,12 +86,75 @@ fn what_is_planned_and_shown_is_the_original() {
             let mut answer = json(command.args(arguments.split(' ')).arg(model));
             let answer = answer.as_object_mut().expect("an object");
             answer.retain(|key, _| {
-                !["path", "file", "files", "shards", "model"].contains(&key.as_str())
+                // What is only true of the one: its name, and that it is compressed.
+                let own = ["path", "file", "files", "shards", "model"];
+                !own.contains(&key.as_str())
+                    && !["compressed", "prediction_missing"].contains(&key.as_str())
             });
             serde_json::Value::Object(answer.clone())
         };
         assert_eq!(ask(&path), ask(&original()), "{arguments}");
     }
+}
+
+/// Fewer bytes are read, and they have to be decoded: the speed of the original would be a wrong prediction.
+#[test]
+fn a_plan_counts_what_is_read_and_predicts_no_speed() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = compressed(directory.path());
+    let ask = |model: &Path, words: &str| {
+        let mut command = flea();
+        command.arg("plan").arg(model);
+        let words = format!("--drive-gbps 2 --compute-seconds 0.1 --json {words}");
+        json(command.args(words.split_whitespace()))
+    };
+    let (packed, plain) = (ask(&path, "--memory 50%"), ask(&original(), "--memory 50%"));
+    assert!(number(&plain["prediction"], "tokens_per_second") > 0.0);
+    assert!(plain["compressed"].is_null() && plain["prediction_missing"].is_null());
+    assert!(packed["prediction"].is_null(), "{packed}");
+    let why = packed["prediction_missing"].as_str().expect("a reason");
+    assert!(
+        why.contains("decoded") && why.contains("flea bench stream"),
+        "{why}"
+    );
+    // bf16 weights take two thirds of their bytes, and a little more in tiles.
+    let streamed = number(&packed, "streamed_bytes_per_pass");
+    let stored = number(&packed["compressed"], "stored_bytes_per_pass");
+    assert!(
+        (0.5..0.85).contains(&(stored / streamed)),
+        "{stored} of {streamed}"
+    );
+    let seconds = number(&packed["compressed"], "read_seconds");
+    assert!((seconds - stored / 2e9).abs() < 1e-9, "{packed}");
+    let resident = ask(&path, "--memory 300%");
+    assert_eq!(
+        number(&resident["compressed"], "stored_bytes_per_pass"),
+        0.0
+    );
+    // In three tiers, and judged for a device, as well.
+    let tiers = ask(&path, "--memory 60% --vram 60% --link-gbps 10");
+    assert!(tiers["vram"]["seconds_per_pass"].is_null(), "{tiers}");
+    let why = tiers["prediction_missing"].as_str().expect("a reason");
+    assert!(why.contains("decoded"), "{why}");
+    let plain = ask(&original(), "--memory 60% --vram 60% --link-gbps 10");
+    assert!(number(&plain["vram"], "seconds_per_pass") > 0.0);
+    let analyzed = |model: &Path| {
+        let mut command = flea();
+        command.arg("analyze").arg(model);
+        let said = output(command.args(["--memory", "50%", "--drive-gbps", "2", "--json"]));
+        // The exit code is the verdict: streamed.
+        assert_eq!(said.status.code(), Some(11), "{}", text(&said));
+        serde_json::from_slice::<serde_json::Value>(&said.stdout).expect("JSON")
+    };
+    assert!(analyzed(&path)["devices"][0]["tokens_per_second"].is_null());
+    assert!(number(&analyzed(&original())["devices"][0], "tokens_per_second") > 0.0);
+    let mut command = flea();
+    command.arg("plan").arg(&path).args(["--memory", "50%"]);
+    let said = text(&output(&mut command));
+    assert!(
+        said.contains("are read for that") && said.contains("none: a compressed"),
+        "{said}"
+    );
 }
 
 #[test]

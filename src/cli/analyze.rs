@@ -142,7 +142,7 @@ pub(super) fn examine(args: &Args, model: &str, source: &Source) -> Result<Repor
     let filed = match (&source.catalog, args.weight_bits) {
         (Some(catalog), None) => Some(filed::Filed::new(
             catalog,
-            &source.geometry,
+            source,
             &question,
             Path::new(model),
         )?),
@@ -365,8 +365,9 @@ pub(super) fn tokens_per_second(model: &str, device: &Device) -> Result<f64> {
         strip: Strip::new(&[Strip::ALL.to_owned()]),
     };
     let report = match &source.catalog {
-        Some(catalog) => filed::Filed::new(catalog, &source.geometry, &question, Path::new(model))?
-            .judge(device, None)?,
+        Some(catalog) => {
+            filed::Filed::new(catalog, &source, &question, Path::new(model))?.judge(device, None)?
+        }
         None => {
             let breakdown = Breakdown::new(&source.geometry, &question)?;
             judge_description(&source, &question, &breakdown, device)?

@@ -13,6 +13,8 @@ use serde::Serialize;
 use super::table::Table;
 use super::values;
 use crate::error::Result;
+use crate::io::ShardFile;
+use crate::io::coded_file::CodedFile;
 use crate::io::profile::{self, Device, Found};
 use crate::model::Catalog;
 use crate::plan::budget::{resolve_and_plan, smallest_total_bytes};
@@ -22,6 +24,7 @@ use crate::plan::{
 };
 use crate::units::{HumanBytes, MemorySpec, PAGE_4K};
 
+mod compressed;
 mod experts;
 mod host;
 mod layers;
@@ -29,6 +32,7 @@ pub mod prediction;
 mod rows;
 mod tiers;
 
+use compressed::CompressedReport;
 use experts::ExpertReport;
 pub(super) use host::{CONTEXT_DEFAULT_COUNT, KvArgs, UBATCH_DEFAULT_COUNT, host_shape};
 use host::{KvReport, estimate};
@@ -48,6 +52,7 @@ Examples:
 Without --host-bytes, what `flea run` holds besides the weights is estimated from --ctx, --ubatch and the KV cache. The
 prediction is for a short text, before a cache on the drive has much to read; it comes from the drive's profile, which `flea probe` measures; --drive-gbps and --compute-seconds overrule it.
 With --vram a layer is divided over VRAM, pinned memory and the drive; --memory is then what feeds the GPU.
+Of a compressed model (.fleapack) no speed is predicted: how fast it is decoded is in no profile.
 Exit code 4: the budget is too small; the message names the smallest one that works.";
 
 /// Show what a memory budget means for a model: what stays in memory, what is streamed, how fast that is
@@ -150,8 +155,10 @@ pub fn command(args: &Args) -> Result<()> {
     let (catalog, files) = crate::engine::read_catalog(&args.model)?;
     let drive = files.first().map(Device::of_shard);
     let found = drive.map_or(Found::Nothing, |drive| profile::find(&drive));
+    let coded = files.first().and_then(ShardFile::coded);
     let available_bytes = crate::mem::limits::available_memory_bytes()?;
-    let report = Report::new(args, &catalog, available_bytes, &found)?;
+    let model = (&catalog, coded.map(AsRef::as_ref));
+    let report = Report::new(args, model, available_bytes, &found)?;
     if args.json {
         super::print_json(&report)
     } else {
@@ -191,21 +198,25 @@ pub(super) struct Report {
     /// What VRAM holds and what comes over the link; the figures above are then those of the memory below it. `null`
     /// without `--vram`.
     pub(super) vram: Option<TierReport>,
+    /// What is read of a compressed model; the figures above are then of its weights, decoded. `null` for others.
+    pub(super) compressed: Option<CompressedReport>,
     /// The most the host will hold, once its context is full and a prompt has filled a ubatch.
     pub(super) peak_memory_bytes: u64,
     /// Where the prediction's figures come from.
     pub(super) profile: String,
-    /// `null` without a profile and without `--drive-gbps`: there is nothing to predict from. With `--vram` see there.
+    /// `null` where there is nothing to predict from. With `--vram` see there.
     pub(super) prediction: Option<PredictionReport>,
+    /// Why there is no prediction, and what to do.
+    pub(super) prediction_missing: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     layers: Option<Vec<LayerReport>>,
 }
 
 impl Report {
-    /// Plans `catalog` as `args` say. `available_bytes`: what this process may hold.
+    /// Plans a model, and the file it is compressed in, as `args` say. `available_bytes`: what this process may hold.
     pub(super) fn new(
         args: &Args,
-        catalog: &Catalog,
+        (catalog, coded): (&Catalog, Option<&CodedFile>),
         available_bytes: u64,
         found: &Found,
     ) -> Result<Self> {
@@ -218,21 +229,38 @@ impl Report {
         let streamed = vram.as_ref().map_or(catalog, |vram| &vram.below);
         let (budget, plan) =
             resolve_and_plan(streamed, args.memory, available_bytes, host_bytes, &method)?;
+        let basis = Basis::new(args.drive_gbps, args.compute_seconds, found, catalog, &plan);
+        let compressed = coded
+            .map(|coded| CompressedReport::new(&plan, coded, basis.as_ref()))
+            .transpose()?;
         if let Some(vram) = vram {
-            let tiers = TierReport::new(args, catalog, &vram, &budget, &plan, found)?;
+            let mut tiers = TierReport::new(args, catalog, &vram, &budget, &plan, found)?;
+            let why = compressed.as_ref().map(CompressedReport::why);
+            if let Some(why) = &why {
+                tiers.leave_times_out(why);
+            }
             return Ok(Self {
                 vram: Some(tiers),
+                compressed,
+                prediction_missing: why,
                 profile: found.to_string(),
                 layers: args.layers.then(|| layer_reports(catalog, &plan)),
                 ..Self::of_plan(args, catalog, &budget, &plan)
             });
         }
-        let basis = Basis::new(args.drive_gbps, args.compute_seconds, found, catalog, &plan);
         let prediction = basis
+            .filter(|_| compressed.is_none())
             .map(|basis| PredictionReport::new(&plan, &basis))
             .transpose()?;
+        let why = || {
+            compressed
+                .as_ref()
+                .map_or_else(|| prediction::MISSING.to_owned(), CompressedReport::why)
+        };
         Ok(Self {
             prediction,
+            prediction_missing: prediction.is_none().then(why),
+            compressed,
             profile: found.to_string(),
             layers: args.layers.then(|| layer_reports(catalog, &plan)),
             ..Self::of_plan(args, catalog, &budget, &plan)
@@ -267,11 +295,18 @@ impl Report {
             rows: RowsReport::new(catalog, args.host_rows),
             kv: KvReport::new(args, catalog),
             vram: None,
+            compressed: None,
             peak_memory_bytes: peak_bytes(plan, budget.host_bytes),
             profile: String::new(),
             prediction: None,
+            prediction_missing: None,
             layers: None,
         }
+    }
+
+    /// Why nothing is predicted of a compressed model; `None` for others.
+    pub(super) fn why_compressed(&self) -> Option<String> {
+        self.compressed.as_ref().map(CompressedReport::why)
     }
 
     /// Whether nothing is read once the model is loaded.
@@ -343,6 +378,9 @@ impl Report {
                 ),
             },
         );
+        if let Some(compressed) = &self.compressed {
+            table.field("compressed", compressed.text());
+        }
         table.field(
             "smallest total",
             format_args!(
@@ -359,7 +397,12 @@ impl Report {
         match &self.vram {
             Some(vram) => vram.fields(&mut table),
             None => {
-                table.field("prediction", prediction::text(self.prediction.as_ref()));
+                let missing = self.prediction_missing.as_deref().unwrap_or_default();
+                let told = self.prediction.as_ref().map(prediction::text);
+                table.field(
+                    "prediction",
+                    told.unwrap_or_else(|| format!("none: {missing}")),
+                );
             }
         }
         table

@@ -304,6 +304,32 @@ impl CodedFile {
         })
     }
 
+    /// Bytes of the compressed file that are read for a run of the decoded one: whole tiles, and none for the zeros between
+    /// parts.
+    ///
+    /// # Errors
+    /// As [`CodedFile::stored`].
+    pub fn stored_len_bytes(&self, run: &Extent) -> Result<u64> {
+        let first = self.part_at(run.offset_bytes).map_or(0, |(index, _)| index);
+        let parts = self.parts[first..].iter();
+        let lens = parts
+            .take_while(|part| part.offset_bytes < run.end_bytes())
+            .map(|part| {
+                let begin = run.offset_bytes.max(part.offset_bytes);
+                let end = run.end_bytes().min(part.offset_bytes + part.part.len_bytes);
+                if begin >= end {
+                    return Ok(0);
+                }
+                let inside = Extent {
+                    offset_bytes: begin,
+                    len_bytes: end - begin,
+                    ..*run
+                };
+                Ok(self.stored(&inside)?.extent.len_bytes)
+            });
+        lens.sum()
+    }
+
     /// Weights that lie in one part, read and decoded.
     ///
     /// # Errors

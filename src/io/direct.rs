@@ -11,6 +11,7 @@ use std::io::Read;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, fcntl, posix_fadvise};
 
@@ -113,7 +114,7 @@ pub struct ShardFile {
     identity: Identity,
     /// Decoded where it is compressed: then it is there as if it were the original.
     len_bytes: u64,
-    coded: Option<Box<CodedFile>>,
+    coded: Option<Arc<CodedFile>>,
     filesystem: &'static str,
     filesystem_id: Option<u64>,
     direct: DirectIo,
@@ -152,7 +153,7 @@ impl ShardFile {
         // The tables were read through the first descriptor: both must be of one file, and it must still be that.
         coded.check_same(&file)?;
         file.len_bytes = coded.len_bytes();
-        file.coded = Some(Box::new(coded));
+        file.coded = Some(Arc::new(coded));
         Ok(file)
     }
 
@@ -205,8 +206,8 @@ impl ShardFile {
 
     /// What decodes it, where it is compressed.
     #[must_use]
-    pub fn coded(&self) -> Option<&CodedFile> {
-        self.coded.as_deref()
+    pub const fn coded(&self) -> Option<&Arc<CodedFile>> {
+        self.coded.as_ref()
     }
 
     /// How its bytes travel.

@@ -9,13 +9,14 @@ use std::path::{Path, PathBuf};
 use super::super::plan;
 use super::report::DeviceReport;
 use crate::error::{ErrorKind, Result};
+use crate::io::coded_file::CodedFile;
 use crate::io::profile::Found;
 use crate::model::arch::{CONTEXT_MAX, Geometry};
 use crate::model::{Catalog, LayerKind, Role};
 use crate::plan::budget::{HostShape, smallest_total_bytes};
 use crate::plan::{SLOTS_DEFAULT, rows};
 use crate::tools::analyze::verdict::largest;
-use crate::tools::analyze::{Breakdown, Device, KvStore, Question, Verdict};
+use crate::tools::analyze::{Breakdown, Device, KvStore, Question, Source, Verdict};
 use crate::units::MemorySpec;
 
 /// Bytes of an f16.
@@ -24,6 +25,8 @@ const F16_BYTES: f64 = 2.0;
 /// A model with a catalog, and what is asked about it.
 pub(super) struct Filed<'a> {
     catalog: &'a Catalog,
+    /// What it is compressed in.
+    coded: Option<&'a CodedFile>,
     geometry: &'a Geometry,
     question: &'a Question,
     path: PathBuf,
@@ -35,14 +38,17 @@ pub(super) struct Filed<'a> {
 }
 
 impl<'a> Filed<'a> {
+    /// `catalog` is that of `source`.
     pub(super) fn new(
         catalog: &'a Catalog,
-        geometry: &'a Geometry,
+        source: &'a Source,
         question: &'a Question,
         path: &Path,
     ) -> Result<Self> {
+        let geometry = &source.geometry;
         let mut filed = Self {
             catalog,
+            coded: source.coded.as_deref(),
             geometry,
             question,
             path: path.to_path_buf(),
@@ -206,7 +212,7 @@ impl<'a> Filed<'a> {
             ..self.args(Some(device), context_count, whole_tables)
         };
         // Whatever was asked for: the device need not be this machine.
-        match plan::Report::new(&args, self.catalog, u64::MAX, found) {
+        match plan::Report::new(&args, (self.catalog, self.coded), u64::MAX, found) {
             Ok(report) => Ok(Some(report)),
             Err(error) if error.kind() == ErrorKind::Refused => Ok(None),
             Err(error) => Err(error),

@@ -241,6 +241,9 @@ impl Report {
         }
         for device in &self.devices {
             let name = &device.name;
+            if let Some(why) = device.plan.as_ref().and_then(plan::Report::why_compressed) {
+                notes.push(format!("{name}: no tokens/s: {why}"));
+            }
             if let Some(rate) = device.whole_layers_tokens_per_second {
                 let bytes = HumanBytes(device.whole_layers_bytes_per_token.unwrap_or(0));
                 let rate = rate_text(Some(rate));

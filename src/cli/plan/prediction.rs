@@ -9,6 +9,9 @@ use crate::io::profile::{Found, Profile};
 use crate::model::{Catalog, DType};
 use crate::plan::{Plan, compute_seconds, predict};
 
+/// What to do where there is nothing to predict from.
+pub(super) const MISSING: &str = "`flea probe PATH` measures the drive, or give --drive-gbps";
+
 /// What a prediction is made from.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Basis {
@@ -89,10 +92,7 @@ impl PredictionReport {
 
 /// The prediction as a person reads it.
 #[must_use]
-pub fn text(prediction: Option<&PredictionReport>) -> String {
-    let Some(prediction) = prediction else {
-        return "none: `flea probe PATH` measures the drive, or give --drive-gbps".to_owned();
-    };
+pub fn text(prediction: &PredictionReport) -> String {
     let Some(tokens_per_second) = prediction.tokens_per_second else {
         return "nothing is streamed: compute alone sets the speed".to_owned();
     };

@@ -26,7 +26,13 @@ fn catalog() -> Catalog {
 }
 
 fn report(line: &str) -> Result<Report> {
-    Report::new(&parse(line).unwrap(), &catalog(), 16 * GIB, &Found::Nothing)
+    let catalog = catalog();
+    Report::new(
+        &parse(line).unwrap(),
+        (&catalog, None),
+        16 * GIB,
+        &Found::Nothing,
+    )
 }
 
 #[test]

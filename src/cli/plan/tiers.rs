@@ -65,6 +65,9 @@ pub(in crate::cli) struct TierReport {
     bound: Option<&'static str>,
     /// The `--memory` with which link and drive finish together; `null` where the drive is as fast as the link.
     balanced_total_bytes: Option<u64>,
+    /// Why no times are told although there are rates.
+    #[serde(skip)]
+    without_times: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     layers: Option<Vec<TierLayer>>,
 }
@@ -131,8 +134,17 @@ impl TierReport {
             balanced_total_bytes: balanced
                 .flatten()
                 .map(|bytes| bytes.saturating_add(budget.host_bytes)),
+            without_times: None,
             layers: args.layers.then(|| tier_layers(catalog, &shares)),
         })
+    }
+
+    /// Takes back what was reckoned from rates, where they are not what sets the speed.
+    pub(super) fn leave_times_out(&mut self, why: &str) {
+        (self.link_seconds, self.drive_seconds) = (None, None);
+        (self.seconds_per_pass, self.bound) = (None, None);
+        self.balanced_total_bytes = None;
+        self.without_times = Some(why.to_owned());
     }
 
     /// The lines for people.
@@ -162,6 +174,9 @@ impl TierReport {
     }
 
     fn prediction(&self) -> String {
+        if let Some(why) = &self.without_times {
+            return format!("none: {why}");
+        }
         let (Some(link), Some(drive), Some(pass), Some(bound)) = (
             self.link_seconds,
             self.drive_seconds,

@@ -7,6 +7,7 @@
 
 use std::io::Read;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::Value;
 
@@ -14,6 +15,7 @@ use super::device::FILE_BYTES_MAX;
 use super::{registry, remote};
 use crate::engine::read_catalog;
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::coded_file::CodedFile;
 use crate::io::profile::Device as Drive;
 use crate::model::arch::recipe::Recipe;
 use crate::model::arch::{Geometry, config, gguf};
@@ -26,6 +28,8 @@ pub struct Source {
     pub geometry: Geometry,
     /// What is in its files, where they were looked at.
     pub catalog: Option<Box<Catalog>>,
+    /// The file they are compressed in.
+    pub coded: Option<Arc<CodedFile>>,
     /// The drive that they lie on.
     pub drive: Option<Drive>,
     /// Where the numbers are from, for people.
@@ -76,6 +80,7 @@ impl Source {
         Ok(Self {
             geometry: known.geometry()?,
             catalog: None,
+            coded: None,
             drive: None,
             origin: format!("known: {}", known.recipe.sources.join("; ")),
         })
@@ -113,13 +118,16 @@ impl Source {
             let config = path.with_file_name("config.json");
             return Self::described(&config, &read_text(&config)?);
         }
-        Self::of_catalog(catalog, drive, path.display().to_string())
+        let coded = files.first().and_then(|file| file.coded().cloned());
+        let source = Self::of_catalog(catalog, drive, path.display().to_string())?;
+        Ok(Self { coded, ..source })
     }
 
     fn of_catalog(catalog: Catalog, drive: Option<Drive>, origin: String) -> Result<Self> {
         Ok(Self {
             geometry: gguf::from_catalog(&catalog)?,
             catalog: Some(Box::new(catalog)),
+            coded: None,
             drive,
             origin,
         })
@@ -166,6 +174,7 @@ impl Source {
         Ok(Self {
             geometry,
             catalog: None,
+            coded: None,
             drive: None,
             origin: name.to_owned(),
         })
