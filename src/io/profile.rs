@@ -29,6 +29,8 @@ pub const NO_PROFILES: &str = "none";
 const REQUEST_BYTES_MAX: u32 = (64 * MIB) as u32;
 /// Fastest drive and memory believed, GB/s: ten times what a machine of today has.
 const RATE_MAX: f64 = 100_000.0;
+/// Random reads from this length on are as experts are read.
+const EXPERT_BYTES: u32 = MIB as u32;
 /// What the kernel counts a drive's size in, whatever its own sectors are.
 const SECTOR_BYTES: u64 = 512;
 /// Longest file that is taken for a profile.
@@ -170,6 +172,27 @@ impl Profile {
         let rate = self.sequential(page_bytes)?.gb_per_second;
         let lasting = self.sustained.map_or(1.0, |sustained| sustained.lasting());
         Some(rate * lasting)
+    }
+
+    /// What to expect of the drive for experts, read from all over it: its rate with several reads of a MiB in flight,
+    /// less what it loses when it gets warm.
+    #[must_use]
+    pub fn expert_gb_per_second(&self) -> Option<f64> {
+        let long = self.random.iter();
+        let long = long.filter(|rate| rate.request_bytes >= EXPERT_BYTES);
+        let rate = long.max_by_key(|rate| rate.depth)?.gb_per_second;
+        let lasting = self.sustained.map_or(1.0, |sustained| sustained.lasting());
+        Some(rate * lasting)
+    }
+
+    /// What one read takes beside its bytes, seconds: what a short one alone takes, less its bytes at the rate of long ones.
+    #[must_use]
+    pub fn read_latency_seconds(&self) -> Option<f64> {
+        let alone = self.random.iter().filter(|rate| rate.depth == 1);
+        let short = alone.min_by_key(|rate| rate.request_bytes)?;
+        let bytes = f64::from(short.request_bytes);
+        let of_bytes = bytes / (self.expert_gb_per_second()? * 1e9);
+        Some((bytes / (short.gb_per_second * 1e9) - of_bytes).max(0.0))
     }
 
     /// Into the memory of a GPU.

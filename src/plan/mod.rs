@@ -38,7 +38,7 @@ pub use budget::Budget;
 pub use experts::{ExpertOptions, ExpertPlan, SlotClass, Unit};
 pub use image::Image;
 pub use policy::{Admission, Policy, PolicyKind};
-pub use predict::{Prediction, compute_seconds, peak_bytes, predict};
+pub use predict::{DriveRate, Prediction, compute_seconds, peak_bytes, predict};
 pub use rows::RowsPlan;
 pub use tiers::{TierRates, TierShare, TierTimes, VramPlan};
 

@@ -2,7 +2,9 @@
 //!
 //! The bound is simple: a pass takes no less than its reads and no less than its compute. How near a ring of few slots
 //! comes to it is found by playing the pipeline: one drive that fills slots in the order of the pass, one host that
-//! computes a layer's resident part while the rest arrives. Part of plan: file -> catalog -> **plan** -> reader -> pool
+//! computes a layer's resident part while the rest arrives. Experts are known when their router has run, so nothing is read
+//! ahead: host and drive take turns, and what a host loses at each turn is measured by nobody. That sum is told as the upper
+//! bound that it is. Part of plan: file -> catalog -> **plan** -> reader -> pool
 //! -> lease -> host.
 
 use std::collections::VecDeque;
@@ -17,6 +19,15 @@ const PASSES_BEFORE_COUNT: u32 = 4;
 /// Passes averaged. The pipeline may alternate between passes of slightly different length.
 const PASSES_MEASURED_COUNT: u32 = 8;
 
+/// A drive, as far as a pass minds it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct DriveRate {
+    /// What it reads with enough in flight.
+    pub bytes_per_second: f64,
+    /// What a read takes beside its bytes; 0 where that is not known.
+    pub latency_seconds: f64,
+}
+
 /// What to expect of one pass, once the first few are over.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Prediction {
@@ -24,7 +35,7 @@ pub struct Prediction {
     pub seconds_per_pass: f64,
     /// Passes per second; `None` when a pass takes no time (nothing streamed, compute left out).
     pub tokens_per_second: Option<f64>,
-    /// What reading alone takes: the streamed bytes at the drive's rate.
+    /// What reading alone takes: the streamed bytes at the drive's rate, and of experts a latency for each layer that waits.
     pub read_seconds: f64,
     /// What computing alone takes, as given.
     pub compute_seconds: f64,
@@ -34,25 +45,28 @@ pub struct Prediction {
     pub stall_seconds: f64,
     /// That time as a share of the pass, 0 to 1.
     pub stall_share: f64,
+    /// Whether a pass takes longer by what is not known: of experts that are fetched.
+    pub is_upper_bound: bool,
 }
 
-/// Predicts a pass of `plan` on a drive of `read_bytes_per_second` and a host that needs `compute_seconds` per pass with
+/// Predicts a pass of `plan` on `drive` and a host that needs `compute_seconds` per pass with
 /// all weights in memory, spread over the layers by their bytes.
 ///
 /// # Errors
 /// `Invalid` for a rate that is not positive or a time that is negative or not finite.
-pub fn predict(
-    plan: &Plan,
-    read_bytes_per_second: f64,
-    compute_seconds: f64,
-) -> Result<Prediction> {
+pub fn predict(plan: &Plan, drive: &DriveRate, compute_seconds: f64) -> Result<Prediction> {
+    let read_bytes_per_second = drive.bytes_per_second;
+    if !(drive.latency_seconds >= 0.0 && drive.latency_seconds.is_finite()) {
+        return Err(invalid("a drive's latency", drive.latency_seconds));
+    }
     if !(read_bytes_per_second > 0.0 && read_bytes_per_second.is_finite()) {
         return Err(invalid("a drive rate", read_bytes_per_second));
     }
     if !(compute_seconds >= 0.0 && compute_seconds.is_finite()) {
         return Err(invalid("a compute time", compute_seconds));
     }
-    let read_seconds = plan.streamed_bytes_per_pass as f64 / read_bytes_per_second;
+    let read_seconds = plan.streamed_bytes_per_pass as f64 / read_bytes_per_second
+        + waiting_layers(plan) * drive.latency_seconds;
     let bound_seconds = read_seconds.max(compute_seconds);
     let seconds_per_pass = match plan.experts {
         // Which experts a layer needs is known when its router has run: nothing is read ahead.
@@ -77,7 +91,21 @@ pub fn predict(
         } else {
             0.0
         },
+        is_upper_bound: plan.experts.is_some() && plan.streamed_bytes_per_pass > 0,
     })
+}
+
+/// Layers of a token that wait for experts, on average: the drive has stood still meanwhile and begins with a whole latency.
+fn waiting_layers(plan: &Plan) -> f64 {
+    let Some(experts) = &plan.experts else {
+        return 0.0;
+    };
+    let mut layers: Vec<u32> = experts.units.iter().map(|unit| unit.layer).collect();
+    layers.sort_unstable();
+    layers.dedup();
+    let used = i32::try_from(experts.used_count).unwrap_or(i32::MAX);
+    let waits = 1.0 - experts.hit_rate.clamp(0.0, 1.0).powi(used);
+    layers.len() as f64 * waits
 }
 
 /// What a tensor of a layer costs beside its bytes, in operations: its multiplication, about one more (a norm, rope, an
@@ -191,8 +219,10 @@ fn play(stages: &[Stage], slots_count: u32) -> f64 {
 mod tests {
     use super::*;
     use crate::model::catalog::Experts;
-    use crate::plan::PageRun;
+    use crate::plan::experts::Unit;
     use crate::plan::testing::even_catalog;
+    use crate::plan::{ExpertPlan, PageRun};
+    use crate::units::Extent;
 
     /// `count` layers of 100 bytes, of which `streamed` are streamed.
     fn even_plan(count: u32, streamed: u64, slots_count: u32) -> Plan {
@@ -222,6 +252,14 @@ mod tests {
         }
     }
 
+    /// A drive that answers at once.
+    fn at(bytes_per_second: f64) -> DriveRate {
+        DriveRate {
+            bytes_per_second,
+            latency_seconds: 0.0,
+        }
+    }
+
     fn near(left: f64, right: f64) -> bool {
         (left - right).abs() <= 1e-9 * right.abs().max(1.0)
     }
@@ -229,7 +267,7 @@ mod tests {
     #[test]
     fn equal_layers_on_three_slots_reach_the_bound() {
         for (rate, compute) in [(100.0, 0.5), (100.0, 40.0), (500.0, 4.0)] {
-            let prediction = predict(&even_plan(20, 50, 3), rate, compute).unwrap();
+            let prediction = predict(&even_plan(20, 50, 3), &at(rate), compute).unwrap();
             assert!(near(prediction.read_seconds, 1000.0 / rate));
             assert!(near(prediction.bound_seconds, (1000.0 / rate).max(compute)));
             assert!(
@@ -246,7 +284,7 @@ mod tests {
     /// With one slot drive and host take turns: the read of a layer waits for the compute of the one before.
     #[test]
     fn one_slot_takes_turns() {
-        let prediction = predict(&even_plan(10, 100, 1), 100.0, 10.0).unwrap();
+        let prediction = predict(&even_plan(10, 100, 1), &at(100.0), 10.0).unwrap();
         assert!(near(prediction.bound_seconds, 10.0));
         assert!(near(prediction.seconds_per_pass, 20.0), "{prediction:?}");
         assert!(near(prediction.stall_share, 0.5));
@@ -263,19 +301,74 @@ mod tests {
             slot_index: None,
         };
         plan.streamed_bytes_per_pass = 900;
-        let short = predict(&plan, 100.0, 9.0).unwrap();
+        let short = predict(&plan, &at(100.0), 9.0).unwrap();
         plan.slots_count = 9;
-        let long = predict(&plan, 100.0, 9.0).unwrap();
+        let long = predict(&plan, &at(100.0), 9.0).unwrap();
         assert!(short.seconds_per_pass > long.seconds_per_pass + 1.0);
         assert!(long.seconds_per_pass >= long.bound_seconds);
     }
 
+    /// Ten layers of which each fetches two of eight experts, as large a share of them missing as `hit_rate` leaves.
+    fn expert_plan(hit_rate: f64) -> Plan {
+        let unit = |layer| Unit {
+            extent: Extent {
+                shard_index: 0,
+                offset_bytes: 0,
+                len_bytes: 100,
+            },
+            run: PageRun {
+                shard_index: 0,
+                first_page: 0,
+                page_count: 1,
+            },
+            layer,
+            expert_index: 0,
+            class: 0,
+        };
+        let mut plan = even_plan(10, 0, 0);
+        plan.streamed_bytes_per_pass = (2000.0 * (1.0 - hit_rate)) as u64;
+        plan.experts = Some(ExpertPlan {
+            // Three tensors in each layer: a layer waits once for all of them.
+            units: (0..30).map(|index| unit(index / 3)).collect(),
+            classes: Vec::new(),
+            cache_bytes: 0,
+            experts_bytes: 8000,
+            shared_bytes: 0,
+            used_count: 2,
+            skew: 0.0,
+            hit_rate,
+            used_bytes_per_token: 2000,
+        });
+        plan
+    }
+
+    /// Nothing is read ahead of a router, and each layer that waits pays a latency of its own.
+    #[test]
+    fn experts_take_turns_with_computing_and_are_a_bound() {
+        let drive = DriveRate {
+            latency_seconds: 0.5,
+            ..at(100.0)
+        };
+        let half = predict(&expert_plan(0.5), &drive, 4.0).unwrap();
+        // 1000 bytes, and of ten layers three quarters miss one of their two.
+        assert!(near(half.read_seconds, 10.0 + 7.5 * 0.5), "{half:?}");
+        assert!(near(half.seconds_per_pass, 4.0 + half.read_seconds));
+        assert!(half.is_upper_bound);
+        let none = predict(&expert_plan(1.0), &drive, 4.0).unwrap();
+        assert!(near(none.seconds_per_pass, 4.0) && !none.is_upper_bound);
+        assert!(
+            !predict(&even_plan(10, 50, 3), &drive, 4.0)
+                .unwrap()
+                .is_upper_bound
+        );
+    }
+
     #[test]
     fn a_resident_plan_computes_only() {
-        let prediction = predict(&even_plan(10, 0, 0), 100.0, 2.0).unwrap();
+        let prediction = predict(&even_plan(10, 0, 0), &at(100.0), 2.0).unwrap();
         assert!(near(prediction.seconds_per_pass, 2.0));
         assert!(prediction.stall_share < 1e-9);
-        let idle = predict(&even_plan(10, 0, 0), 100.0, 0.0).unwrap();
+        let idle = predict(&even_plan(10, 0, 0), &at(100.0), 0.0).unwrap();
         assert_eq!(idle.tokens_per_second, None);
     }
 
@@ -323,9 +416,16 @@ mod tests {
     fn nonsense_is_refused() {
         let plan = even_plan(3, 50, 3);
         for (rate, compute) in [(0.0, 1.0), (-1.0, 1.0), (f64::NAN, 1.0), (1.0, -1.0)] {
-            let error = predict(&plan, rate, compute).unwrap_err();
+            let error = predict(&plan, &at(rate), compute).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Invalid);
         }
-        assert!(predict(&plan, 1.0, f64::INFINITY).is_err());
+        assert!(predict(&plan, &at(1.0), f64::INFINITY).is_err());
+        for latency_seconds in [-1.0, f64::NAN] {
+            let drive = DriveRate {
+                latency_seconds,
+                ..at(1.0)
+            };
+            assert!(predict(&plan, &drive, 1.0).is_err());
+        }
     }
 }

@@ -337,7 +337,8 @@ proptest! {
         (catalog, options) in any_case(NASTY), per_mille in 0..=1000u64, rate in 1e3..1e10f64, compute in 0.0..100.0f64,
     ) {
         let plan = plan(&catalog, budget_at(&catalog, &options, per_mille), &options).unwrap();
-        let prediction = predict(&plan, rate, compute).unwrap();
+        let drive = DriveRate { bytes_per_second: rate, latency_seconds: 0.0 };
+        let prediction = predict(&plan, &drive, compute).unwrap();
         let sum = prediction.read_seconds + compute;
         prop_assert!(prediction.seconds_per_pass >= prediction.bound_seconds);
         prop_assert!(prediction.seconds_per_pass <= sum * 1.000_001 + 1e-12, "{:?}", prediction);

@@ -165,6 +165,12 @@ impl DeviceReport {
         self.tokens_per_second.is_some() && predicted.is_none_or(|p| p.compute_seconds == 0.0)
     }
 
+    /// Whether the plan calls its prediction one.
+    fn is_upper_bound(&self) -> bool {
+        let predicted = self.plan.as_ref().and_then(|plan| plan.prediction);
+        predicted.is_some_and(|prediction| prediction.is_upper_bound)
+    }
+
     /// Whether it runs at all.
     pub(super) const fn runs(&self) -> bool {
         self.exit_code != Verdict::Infeasible.exit_code()
@@ -243,6 +249,11 @@ impl Report {
             let name = &device.name;
             if let Some(why) = device.plan.as_ref().and_then(plan::Report::why_compressed) {
                 notes.push(format!("{name}: no tokens/s: {why}"));
+            }
+            if device.is_upper_bound() {
+                notes.push(format!(
+                    "{name}: an upper bound: what a host loses around the reads of each layer's experts is not known"
+                ));
             }
             if let Some(rate) = device.whole_layers_tokens_per_second {
                 let bytes = HumanBytes(device.whole_layers_bytes_per_token.unwrap_or(0));
