@@ -16,7 +16,7 @@ use crate::io::cached;
 /// Enough for a rate.
 const TOKENS: usize = 5;
 /// Weights in memory, percent of the model, and slots of the ring: two are the fewest that stream.
-const SHAPES: [(u32, u32); 3] = [(25, 2), (25, 3), (50, 3)];
+const SHAPES: [(u32, u32); 2] = [(25, 2), (75, 3)];
 
 /// A model with and without sub-layer start.
 #[derive(Debug)]
@@ -97,12 +97,21 @@ impl Case for Early {
             }
         }
         // A drive that was slower for one of the two is no gain of the other: both are held against their own lines.
-        let of_line = |run: &Run| Some(run.get("rate")? / run.line_or(line).large.gb_per_second);
+        let of_line = |run: &Run, rate: f64| rate / run.line_or(line).large.gb_per_second;
+        let rate = |run: &Run| Some(of_line(run, run.get("rate")?));
+        let first = |run: &Run| Some(of_line(run, run.get("first_token")?.recip()));
         for (percent, slots) in SHAPES {
             let early = label(percent, slots, false);
-            let rate = |whole| find(runs, &label(percent, slots, whole)).and_then(of_line);
-            if let (Some(ours), Some(whole)) = (rate(false), rate(true)) {
+            let (Some(ours), Some(whole)) =
+                (find(runs, &early), find(runs, &label(percent, slots, true)))
+            else {
+                continue;
+            };
+            if let (Some(ours), Some(whole)) = (rate(ours), rate(whole)) {
                 book.add(&early, Spec::ratio("times whole layers"), ours / whole);
+            }
+            if let (Some(ours), Some(whole)) = (first(ours), first(whole)) {
+                book.add(&early, Spec::ratio("first token, times"), ours / whole);
             }
         }
     }

@@ -26,7 +26,7 @@ use crate::units::MIB;
 pub(super) const CHARGED_BESIDES_BYTES: u64 = 48 * MIB;
 /// A peer that is slower than this for a handful of tokens is not waited for.
 pub(super) const PEER_LIMIT: Duration = Duration::from_secs(400);
-pub(super) const PROMPT: &str = "The quick brown fox";
+const PROMPT: &str = "The quick brown fox";
 /// The first token pays for loading; the rest are steady.
 const TOKENS: usize = 3;
 /// With flea they are quicker, and more of them make a better rate.

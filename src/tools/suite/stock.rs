@@ -9,7 +9,7 @@ use std::process::Command;
 
 use super::decode::{CONTEXT_TOKENS, make_warm};
 use super::lab::{Case, Lab, RoundLine, Run, find, number, touch_memory};
-use super::peers::{PEER_LIMIT, PROMPT, llama_cpp, spent};
+use super::peers::{PEER_LIMIT, llama_cpp, spent};
 use super::report::{Book, CaseReport, Spec};
 use super::stat::Goal;
 use super::{blank, child, file_bytes};
@@ -18,6 +18,8 @@ use crate::io::cached;
 
 /// The row of the same program without the device.
 const WITHOUT: &str = "llama.cpp, resident";
+/// A few tokens in any vocabulary: what a long one computes is no reading.
+const PROMPT: &str = "Hello";
 /// The first is the prompt's.
 const TOKENS: usize = 6;
 
