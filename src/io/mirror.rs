@@ -8,6 +8,9 @@
 //! Place: `reader` of `file -> catalog -> plan -> reader -> pool -> lease -> host`.
 #![allow(unsafe_code)]
 
+mod lanes;
+mod same;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,18 +21,10 @@ use super::{
     default_depth, default_request_bytes,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::{PAGE_2M, PAGE_4K, align_down};
+use crate::units::PAGE_2M;
 
-/// Most copies beside the model itself.
-pub const MIRRORS_MAX: usize = 15;
-/// Pages of each shard that are held against the first copy's.
-const SAMPLES: u64 = 64;
-/// Of the head of each shard this much is compared to the byte; a header is inside it, or sampled with the rest.
-const HEAD_BYTES: u64 = 1 << 20;
-/// How much a newly measured rate weighs against what was known.
-const RATE_WEIGHT: f64 = 0.25;
-/// A rate is taken over at least this many requests: one alone may have met an empty or a full queue.
-const RATE_REQUESTS: u32 = 4;
+use lanes::{Lane, Sent, Spread};
+pub use same::{MIRRORS_MAX, open};
 
 /// What is known about each copy, for whoever shows it.
 #[derive(Debug)]
@@ -78,213 +73,6 @@ impl Copies {
             is_dropped: copy.dropped.load(Ordering::Relaxed),
         });
         copies.collect()
-    }
-}
-
-/// Opens the copies of `files` in each of `directories`: the files of the model, then those of each copy.
-///
-/// # Errors
-/// `Invalid` for a copy that is not one (another length, other bytes, the very same file) or too many of them; what
-/// opening and reading the files gives.
-pub fn open(mut files: Vec<ShardFile>, directories: &[PathBuf]) -> Result<Vec<ShardFile>> {
-    if directories.len() > MIRRORS_MAX {
-        return Err(invalid(format!(
-            "{} mirrors are too many; {MIRRORS_MAX} are the most",
-            directories.len()
-        )));
-    }
-    if !directories.is_empty() && files.iter().any(|file| file.coded().is_some()) {
-        let context = "a compressed model is read from one place; leave out --mirror, or flea pack --decompress it";
-        return Err(Error::new(ErrorKind::Unsupported, context));
-    }
-    let shards_count = files.len();
-    for directory in directories {
-        for shard in 0..shards_count {
-            let name = files[shard]
-                .path()
-                .file_name()
-                .ok_or_else(|| invalid(format!("{} has no name", files[shard].path().display())))?;
-            let copy = ShardFile::open(&directory.join(name))?;
-            let same = |other: &ShardFile| {
-                let (a, b) = (other.identity(), copy.identity());
-                (a.device, a.inode) == (b.device, b.inode)
-            };
-            if let Some(other) = files.iter().find(|other| same(other)) {
-                return Err(invalid(format!(
-                    "mirror {} is the same file as {}",
-                    copy.path().display(),
-                    other.path().display()
-                )));
-            }
-            check_same(&files[shard], &copy)?;
-            files.push(copy);
-        }
-    }
-    Ok(files)
-}
-
-fn invalid(context: String) -> Error {
-    Error::new(ErrorKind::Invalid, context)
-}
-
-/// Length, head, tail and pages all over must agree.
-fn check_same(original: &ShardFile, copy: &ShardFile) -> Result<()> {
-    let len_bytes = original.len_bytes();
-    if copy.len_bytes() != len_bytes {
-        return Err(invalid(format!(
-            "mirror {} has {} bytes, but {} has {len_bytes}; copy it anew",
-            copy.path().display(),
-            copy.len_bytes(),
-            original.path().display()
-        )));
-    }
-    let head_bytes = HEAD_BYTES.min(len_bytes);
-    check_range(original, copy, 0, head_bytes)?;
-    let last = align_down(len_bytes.saturating_sub(1), PAGE_4K);
-    // A prime step visits pages of every kind; the same ones each time, so that a bad copy is bad every time.
-    let pages_count = len_bytes.div_ceil(PAGE_4K);
-    let step = (pages_count / SAMPLES).max(1);
-    let samples = (0..SAMPLES).map(|sample| (sample * step + sample * 7919 % step) % pages_count);
-    for offset_bytes in samples.map(|page| page * PAGE_4K).chain([last]) {
-        let part = PAGE_4K.min(len_bytes - offset_bytes);
-        check_range(original, copy, offset_bytes, part)?;
-    }
-    Ok(())
-}
-
-fn check_range(original: &ShardFile, copy: &ShardFile, offset: u64, len: u64) -> Result<()> {
-    let mut expected = vec![0; len as usize];
-    let mut found = vec![0; len as usize];
-    original.read_exact_at(offset, &mut expected)?;
-    copy.read_exact_at(offset, &mut found)?;
-    match expected.iter().zip(&found).position(|(a, b)| a != b) {
-        None => Ok(()),
-        Some(byte) => Err(invalid(format!(
-            "mirror {} differs from {} at offset {}; copy it anew",
-            copy.path().display(),
-            original.path().display(),
-            offset + byte as u64
-        ))),
-    }
-}
-
-/// One copy at work.
-#[derive(Debug, Default)]
-struct Lane {
-    is_dropped: bool,
-    outstanding_count: u32,
-    outstanding_bytes: u64,
-    /// Bytes per second; 0 = not known yet.
-    rate: f64,
-    /// The measurement under way: since when it has had something to do, and what it did.
-    busy_since: Option<Instant>,
-    done_bytes: u64,
-    done_count: u32,
-}
-
-impl Lane {
-    fn begin(&mut self, len_bytes: u64, now: Instant) {
-        self.outstanding_count += 1;
-        self.outstanding_bytes += len_bytes;
-        self.busy_since.get_or_insert(now);
-    }
-
-    fn end(&mut self, len_bytes: u64, now: Instant) {
-        self.outstanding_count -= 1;
-        self.outstanding_bytes -= len_bytes;
-        self.done_bytes += len_bytes;
-        self.done_count += 1;
-        let Some(since) = self.busy_since else { return };
-        let is_idle = self.outstanding_count == 0;
-        if self.done_count >= RATE_REQUESTS || is_idle {
-            let seconds = now.saturating_duration_since(since).as_secs_f64().max(1e-6);
-            let measured = self.done_bytes as f64 / seconds;
-            self.rate = if self.rate > 0.0 {
-                self.rate + (measured - self.rate) * RATE_WEIGHT
-            } else {
-                measured
-            };
-            self.busy_since = (!is_idle).then_some(now);
-            (self.done_bytes, self.done_count) = (0, 0);
-        }
-    }
-}
-
-/// A request on its way to a copy.
-#[derive(Debug, Clone)]
-struct Sent {
-    request: Request,
-    lane: usize,
-}
-
-/// The copies of a model.
-#[derive(Debug)]
-struct Spread {
-    lanes: Vec<Lane>,
-    sent: Vec<Sent>,
-    depth: u32,
-    request_bytes: u64,
-    copies: Arc<Copies>,
-    /// Completions kept while a wait sorts them.
-    sorted: Vec<Completion>,
-}
-
-impl Spread {
-    /// Bytes per second of a lane; before the first measurement that of the others, or just any.
-    fn rate(&self, lane: usize) -> f64 {
-        let own = self.lanes[lane].rate;
-        if own > 0.0 {
-            return own;
-        }
-        let most = self.lanes.iter().map(|lane| lane.rate).fold(0.0, f64::max);
-        if most > 0.0 { most } else { 1e9 }
-    }
-
-    /// How many requests a copy may have: what it does in the time in which the fastest does its depth.
-    fn allowed(&self, lane: usize) -> u32 {
-        if self.lanes[lane].is_dropped {
-            return 0;
-        }
-        let live = (0..self.lanes.len()).filter(|&other| !self.lanes[other].is_dropped);
-        let fastest = live.map(|other| self.rate(other)).fold(0.0, f64::max);
-        let share = self.rate(lane) / fastest.max(1e-9);
-        ((f64::from(self.depth) * share).round() as u32).clamp(1, self.depth)
-    }
-
-    fn free(&self) -> usize {
-        let lanes = 0..self.lanes.len();
-        let free = lanes.map(|lane| {
-            let outstanding = self.lanes[lane].outstanding_count;
-            self.allowed(lane).saturating_sub(outstanding) as usize
-        });
-        free.sum()
-    }
-
-    /// The copy that would have `len_bytes` first, of those with room (or, with `crowd`, of all).
-    fn choose(&self, len_bytes: u64, crowd: bool) -> Option<usize> {
-        let open = (0..self.lanes.len()).filter(|&lane| {
-            let state = &self.lanes[lane];
-            !state.is_dropped && (crowd || state.outstanding_count < self.allowed(lane))
-        });
-        let seconds =
-            |lane: usize| (self.lanes[lane].outstanding_bytes + len_bytes) as f64 / self.rate(lane);
-        open.min_by(|&a, &b| seconds(a).total_cmp(&seconds(b)))
-    }
-
-    fn live_count(&self) -> usize {
-        self.lanes.iter().filter(|lane| !lane.is_dropped).count()
-    }
-
-    fn drop_lane(&mut self, lane: usize, reason: &Error) {
-        if std::mem::replace(&mut self.lanes[lane].is_dropped, true) {
-            return;
-        }
-        let copy = &self.copies.0[lane];
-        copy.dropped.store(true, Ordering::Relaxed);
-        log::warn!(
-            "the copy in {} is used no more: {reason}",
-            copy.directory.display()
-        );
     }
 }
 

@@ -1,8 +1,9 @@
 //! Tests of mirrors: what is no copy is refused, both copies serve, a copy that fails is dropped and no byte is wrong.
 
+use super::lanes::RATE_REQUESTS;
 use super::*;
 use crate::io::AlignedMemory;
-use crate::units::MIB;
+use crate::units::{MIB, PAGE_4K};
 
 const LEN_BYTES: u64 = 24 * MIB + 777;
 const REQUEST_BYTES: u64 = 256 << 10;
