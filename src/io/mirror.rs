@@ -3,8 +3,8 @@
 //! A wrapper around one [`Reader`] whose files are the shards of every copy, one copy behind the other. Every copy has a
 //! queue of its own, as long as the fastest copy takes for its depth: a slow drive gets what it can do in that time and no
 //! layer waits for it longer. A copy that fails is dropped, its requests go to the others, and it is said. Invariants:
-//! bytes are handed out only from copies that have not changed since they were opened; a request whose memory the kernel
-//! keeps is never asked for again. Without mirrors every call is passed on as it is.
+//! bytes are handed out only from copies that had not changed when the last of them was read; a request whose memory the
+//! kernel keeps is never asked for again. Without mirrors every call is passed on as it is.
 //! Place: `reader` of `file -> catalog -> plan -> reader -> pool -> lease -> host`.
 #![allow(unsafe_code)]
 
@@ -179,26 +179,28 @@ impl Mirrored {
         self.reader.drain(bound)
     }
 
-    /// Looks whether every copy of a shard that is in use is what it was when it was opened. A copy that is not is dropped,
-    /// and the error is given all the same: what was read from it lately is not to be trusted.
+    /// Looks whether a shard is what it was when it was opened, and each of its copies. A copy that is not is dropped and the
+    /// others go on: its bytes were looked at as they came ([`Mirrored::wait`]). A change of the model itself is an error
+    /// each time: catalog, rows and what the host keeps are from there.
     ///
     /// # Errors
-    /// As [`ShardFile::check_unchanged`].
+    /// As [`ShardFile::check_unchanged`], for the model and for the last copy that is left.
     pub fn check_unchanged(&mut self, shard_index: u32) -> Result<()> {
         let Some(spread) = &mut self.spread else {
             return self.files[shard_index as usize].check_unchanged();
         };
         let mut outcome = Ok(());
         for lane in 0..spread.lanes.len() {
-            if spread.lanes[lane].is_dropped {
+            let is_model = lane == 0;
+            if spread.lanes[lane].is_dropped && !is_model {
                 continue;
             }
             let file = &self.files[lane * self.shards_count + shard_index as usize];
             if let Err(error) = file.check_unchanged() {
-                if spread.live_count() > 1 {
-                    spread.drop_lane(lane, &error);
+                let others_go_on = spread.drop_lane(lane, &error);
+                if !others_go_on || (is_model && is_change(&error)) {
+                    outcome = Err(error);
                 }
-                outcome = Err(error);
             }
         }
         outcome
@@ -248,7 +250,8 @@ impl Mirrored {
         self.reader.flush()
     }
 
-    /// See [`Reader::wait`]. A read that failed is asked of another copy, and only when there is none it is a completion.
+    /// See [`Reader::wait`]. A read that failed, or whose file was written to before its last byte was here, is asked of
+    /// another copy, and only when there is none it is a completion.
     ///
     /// # Errors
     /// As [`Reader::wait`].
@@ -283,8 +286,14 @@ impl Mirrored {
         };
         let Sent { request, lane } = spread.sent.swap_remove(place);
         spread.lanes[lane].end(request.len_bytes, Instant::now());
-        let Err(error) = &completion.result else {
-            let file = &self.files[lane * self.shards_count + request.shard_index as usize];
+        let file = &self.files[lane * self.shards_count + request.shard_index as usize];
+        // Each request answers for itself, by a look (an fstat, below a microsecond) at its file after its last byte. One
+        // look for a whole fetch comes too late: another fetch may have had the copy dropped in between.
+        let failure = match &completion.result {
+            Ok(()) => file.check_unchanged().err(),
+            Err(error) => Some(error.clone()),
+        };
+        let Some(error) = failure else {
             let held = file.len_bytes().saturating_sub(request.offset_bytes);
             let bytes = request.len_bytes.min(held);
             spread.copies.0[lane]
@@ -292,18 +301,19 @@ impl Mirrored {
                 .fetch_add(bytes, Ordering::Relaxed);
             return Ok(Some(completion));
         };
-        if spread.lanes[lane].is_dropped || spread.live_count() > 1 {
-            let error = error.clone();
-            spread.drop_lane(lane, &error);
-        }
+        spread.drop_lane(lane, &error);
+        let failed = Completion {
+            result: Err(error),
+            ..completion
+        };
         let other = spread.choose(request.len_bytes, true);
-        match other.filter(|&other| completion.returned && other != lane) {
+        match other.filter(|&other| failed.returned && other != lane) {
             // SAFETY: the memory is the submitter's until a completion is handed out, and this one is not.
             Some(other) => match unsafe { self.send(request, other) } {
                 Ok(()) => Ok(None),
-                Err(_) => Ok(Some(completion)),
+                Err(_) => Ok(Some(failed)),
             },
-            None => Ok(Some(completion)),
+            None => Ok(Some(failed)),
         }
     }
 
@@ -315,6 +325,11 @@ impl Mirrored {
             |spread| spread.request_bytes,
         )
     }
+}
+
+/// The file was written to, as opposed to a drive that does not answer.
+const fn is_change(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Changed | ErrorKind::Truncated)
 }
 
 #[cfg(test)]

@@ -48,6 +48,20 @@ fn mirrored(files: Vec<ShardFile>, kind: ReaderKind) -> (Mirrored, Arc<Copies>) 
     (reader, copies)
 }
 
+/// Asks for one piece of the file, into the same place of the memory, which has to outlive its completion.
+fn submit(reader: &mut Mirrored, memory: &AlignedMemory, piece: u64) -> Result<()> {
+    let request = Request {
+        key: piece,
+        shard_index: 0,
+        offset_bytes: piece * REQUEST_BYTES,
+        len_bytes: REQUEST_BYTES,
+        // SAFETY: below the length, rounded up to whole requests.
+        target: unsafe { memory.as_ptr().add((piece * REQUEST_BYTES) as usize) },
+    };
+    // SAFETY: every piece has a place of its own, and callers wait for all of them before the memory goes.
+    unsafe { reader.submit(request) }
+}
+
 /// Reads the whole file through the reader.
 fn read_all(reader: &mut Mirrored, between: &mut dyn FnMut(u64)) -> Result<Vec<u8>> {
     let memory = AlignedMemory::new(LEN_BYTES.next_multiple_of(REQUEST_BYTES), PAGE_4K)?;
@@ -57,16 +71,7 @@ fn read_all(reader: &mut Mirrored, between: &mut dyn FnMut(u64)) -> Result<Vec<u
     let mut failure = Ok(());
     while done < next || (next < count && failure.is_ok()) {
         while next < count && reader.free() > 0 && failure.is_ok() {
-            let request = Request {
-                key: next,
-                shard_index: 0,
-                offset_bytes: next * REQUEST_BYTES,
-                len_bytes: REQUEST_BYTES,
-                // SAFETY: below the length, rounded up to whole requests.
-                target: unsafe { memory.as_ptr().add((next * REQUEST_BYTES) as usize) },
-            };
-            // SAFETY: every request has a place of its own, and the memory outlives the loop, which waits for all.
-            unsafe { reader.submit(request)? };
+            submit(reader, &memory, next)?;
             next += 1;
         }
         reader.wait(None, &mut out)?;
@@ -111,7 +116,7 @@ fn a_copy_that_fails_is_dropped_and_the_others_go_on() {
     for broken in [0, 2] {
         std::fs::write(directories[broken].join("m.gguf"), &expected).unwrap();
         let (mut reader, copies) = mirrored(opened(&directories).unwrap(), ReaderKind::Auto);
-        // Cut while it is in use: its reads end early. Its bytes so far were right.
+        // Cut while it is in use: its reads end early. Bytes of it that are here by then were right.
         let cut = directories[broken].join("m.gguf");
         let bytes = read_all(&mut reader, &mut |done| {
             if done == 4 {
@@ -123,10 +128,11 @@ fn a_copy_that_fails_is_dropped_and_the_others_go_on() {
         let stats = copies.stats();
         assert!(stats[broken].is_dropped, "{stats:?}");
         assert_eq!(stats.iter().filter(|copy| copy.is_dropped).count(), 1);
-        assert!(
-            reader.check_unchanged(0).is_ok(),
-            "what is dropped is looked at no more"
-        );
+        let said = reader.check_unchanged(0).map_err(|error| error.kind());
+        match broken {
+            0 => assert_eq!(said, Err(ErrorKind::Truncated), "the model itself"),
+            _ => assert_eq!(said, Ok(()), "what is dropped is looked at no more"),
+        }
         std::fs::write(&cut, &expected).unwrap();
     }
 }
@@ -147,14 +153,84 @@ fn with_no_copy_left_the_failure_is_told() {
 }
 
 #[test]
-fn a_copy_that_changes_is_dropped_and_said() {
-    let (_root, directories) = copies(2);
+fn a_copy_that_changes_is_dropped_and_the_model_itself_is_an_error() {
+    let (_root, directories) = copies(3);
     let (mut reader, copies) = mirrored(opened(&directories).unwrap(), ReaderKind::Auto);
     assert!(reader.check_unchanged(0).is_ok());
     std::fs::write(directories[1].join("m.gguf"), b"other").unwrap();
-    assert!(reader.check_unchanged(0).is_err());
+    assert!(reader.check_unchanged(0).is_ok(), "the others go on");
     assert!(copies.stats()[1].is_dropped);
-    assert!(reader.check_unchanged(0).is_ok());
+    rewrite(&directories[0].join("m.gguf"), Writer::InPlace);
+    for _ in 0..2 {
+        let error = reader.check_unchanged(0).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Changed, "{error}");
+    }
+    let dropped = copies.stats().into_iter().map(|copy| copy.is_dropped);
+    assert_eq!(dropped.collect::<Vec<_>>(), [true, true, false]);
+    // The last one has nobody to go on.
+    std::fs::write(directories[2].join("m.gguf"), b"other").unwrap();
+    assert!(reader.check_unchanged(0).is_err());
+}
+
+/// How a newer model takes the place of a copy.
+#[derive(Debug, Clone, Copy)]
+enum Writer {
+    /// `rsync --inplace`.
+    InPlace,
+    /// `cp`: cut to nothing, then written.
+    Truncating,
+}
+
+/// Other bytes, as many of them, under the same inode.
+fn rewrite(path: &Path, writer: Writer) {
+    let other: Vec<u8> = std::fs::read(path).unwrap().iter().map(|b| !b).collect();
+    let mut options = std::fs::OpenOptions::new();
+    options
+        .write(true)
+        .truncate(matches!(writer, Writer::Truncating));
+    let mut file = options.open(path).unwrap();
+    std::io::Write::write_all(&mut file, &other).unwrap();
+    // A coarse clock may give two writes the same time.
+    let later = std::time::SystemTime::now() + Duration::from_secs(1);
+    file.set_modified(later).unwrap();
+}
+
+#[test]
+fn bytes_of_a_rewritten_copy_are_read_again_from_the_others() {
+    for kind in [ReaderKind::Auto, ReaderKind::Pread] {
+        for writer in [Writer::InPlace, Writer::Truncating] {
+            let (_root, directories) = copies(2);
+            let expected = std::fs::read(directories[0].join("m.gguf")).unwrap();
+            let (mut reader, copies) = mirrored(opened(&directories).unwrap(), kind);
+            let memory = AlignedMemory::new(LEN_BYTES, PAGE_4K).unwrap();
+            // A fetch is under way on both copies; the ring reads for it in `wait`, after the copy was rewritten.
+            reader.check_unchanged(0).unwrap();
+            let mut pieces = 0;
+            while reader.free() > 0 {
+                submit(&mut reader, &memory, pieces).unwrap();
+                pieces += 1;
+            }
+            let sent = &reader.spread.as_ref().unwrap().sent;
+            assert!(sent.iter().any(|sent| sent.lane == 1), "{sent:?}");
+            rewrite(&directories[1].join("m.gguf"), writer);
+            // The next fetch begins, finds the copy changed, and does without it.
+            reader.check_unchanged(0).unwrap();
+            assert!(copies.stats()[1].is_dropped);
+            // The first one comes to its end.
+            let (mut out, mut done) = (Vec::new(), 0);
+            while done < pieces {
+                reader.wait(None, &mut out).unwrap();
+                for completion in out.drain(..) {
+                    completion.result.unwrap();
+                    done += 1;
+                }
+            }
+            reader.check_unchanged(0).unwrap();
+            let len = (pieces * REQUEST_BYTES) as usize;
+            let right = memory.bytes()[..len] == expected[..len];
+            assert!(right, "{kind} {writer:?}: bytes of the newer file");
+        }
+    }
 }
 
 #[test]

@@ -123,15 +123,21 @@ impl Spread {
         self.lanes.iter().filter(|lane| !lane.is_dropped).count()
     }
 
-    pub(super) fn drop_lane(&mut self, lane: usize, reason: &Error) {
-        if std::mem::replace(&mut self.lanes[lane].is_dropped, true) {
-            return;
+    /// Uses a copy no more, and says so once; false for the last one, which stays.
+    pub(super) fn drop_lane(&mut self, lane: usize, reason: &Error) -> bool {
+        if self.lanes[lane].is_dropped {
+            return true;
         }
+        if self.live_count() == 1 {
+            return false;
+        }
+        self.lanes[lane].is_dropped = true;
         let copy = &self.copies.0[lane];
         copy.dropped.store(true, Ordering::Relaxed);
         log::warn!(
             "the copy in {} is used no more: {reason}",
             copy.directory.display()
         );
+        true
     }
 }
