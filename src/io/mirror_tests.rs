@@ -1,5 +1,7 @@
 //! Tests of mirrors: what is no copy is refused, both copies serve, a copy that fails is dropped and no byte is wrong.
 
+use std::os::unix::fs::FileExt;
+
 use super::lanes::RATE_REQUESTS;
 use super::*;
 use crate::io::AlignedMemory;
@@ -255,6 +257,62 @@ fn what_is_no_copy_is_refused() {
     );
     std::fs::hard_link(directories[0].join("m.gguf"), &copy).unwrap();
     assert!(refusal().contains("same file"));
+}
+
+/// Where at least 16 pages begin that no sample looks at, beyond the head.
+fn unsampled_bytes() -> u64 {
+    let pages: std::collections::BTreeSet<u64> = same::sampled_pages(LEN_BYTES).collect();
+    let gap = |at: &u64| (0..16).all(|page| !pages.contains(&(at + page * PAGE_4K)));
+    (2 * MIB..LEN_BYTES - MIB)
+        .step_by(1 << 16)
+        .find(gap)
+        .unwrap()
+}
+
+#[test]
+fn an_interrupted_copy_of_the_right_length_is_refused() {
+    let (_root, directories) = copies(2);
+    let copy = directories[1].join("m.gguf");
+    let bytes = std::fs::read(&copy).unwrap();
+    let gap = unsampled_bytes()..unsampled_bytes() + 16 * PAGE_4K;
+    for preallocated in [false, true] {
+        let file = std::fs::File::create(&copy).unwrap();
+        file.set_len(LEN_BYTES).unwrap();
+        let mode = nix::fcntl::FallocateFlags::empty();
+        let len = i64::try_from(LEN_BYTES).unwrap();
+        if preallocated && nix::fcntl::fallocate(&file, mode, 0, len).is_err() {
+            continue; // Not every filesystem has it.
+        }
+        let (before, after) = (gap.start as usize, gap.end as usize);
+        file.write_all_at(&bytes[..before], 0).unwrap();
+        file.write_all_at(&bytes[after..], gap.end).unwrap();
+        file.sync_all().unwrap();
+        let error = opened(&directories).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        let place = format!("at offset {}", gap.start);
+        assert!(error.to_string().contains(&place), "{error}");
+    }
+}
+
+#[test]
+fn a_sparse_copy_of_a_model_with_zeros_is_a_copy() {
+    let (_root, directories) = copies(2);
+    let (model, copy) = (directories[0].join("m.gguf"), directories[1].join("m.gguf"));
+    let mut bytes = std::fs::read(&model).unwrap();
+    let zeros = 4_usize << 20..6_usize << 20;
+    bytes[zeros.clone()].fill(0);
+    std::fs::write(&model, &bytes).unwrap();
+    // As `cp --sparse=always` makes it, of a model that has its zeros written out.
+    let file = std::fs::File::create(&copy).unwrap();
+    file.set_len(LEN_BYTES).unwrap();
+    file.write_all_at(&bytes[..zeros.start], 0).unwrap();
+    file.write_all_at(&bytes[zeros.end..], zeros.end as u64).unwrap();
+    assert!(opened(&directories).is_ok());
+    // And the other way round; and both with a hole.
+    std::fs::rename(&model, directories[0].join("whole")).unwrap();
+    std::fs::rename(&copy, &model).unwrap();
+    std::fs::rename(directories[0].join("whole"), &copy).unwrap();
+    assert!(opened(&directories).is_ok());
 }
 
 #[test]
