@@ -1,14 +1,15 @@
 //! Several copies of a model on several drives: each request goes to the copy that will have it first.
 //!
 //! A wrapper around one [`Reader`] whose files are the shards of every copy, one copy behind the other. Every copy has a
-//! queue of its own, as long as the fastest copy takes for its depth: a slow drive gets what it can do in that time and no
-//! layer waits for it longer. A copy that fails is dropped, its requests go to the others, and it is said. Invariants:
+//! queue of its own, as long as the fastest copy takes for its depth: a slow drive gets what it can do in that time, and one
+//! that cannot do a single request nothing but a probe now and then. A copy that fails is dropped, its requests go to the others, and it is said. Invariants:
 //! bytes are handed out only from copies that had not changed when the last of them was read; a request whose memory the
 //! kernel keeps is never asked for again. Without mirrors every call is passed on as it is.
 //! Place: `reader` of `file -> catalog -> plan -> reader -> pool -> lease -> host`.
 #![allow(unsafe_code)]
 
 mod lanes;
+mod probe;
 mod same;
 
 use std::path::{Path, PathBuf};
@@ -23,8 +24,11 @@ use super::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::PAGE_2M;
 
-use lanes::{Lane, Sent, Spread};
+use lanes::{Sent, Spread};
 pub use same::{MIRRORS_MAX, open};
+
+/// How long a dropped reader waits for its probe.
+const DROP_BOUND: Duration = Duration::from_secs(2);
 
 /// What is known about each copy, for whoever shows it.
 #[derive(Debug)]
@@ -61,6 +65,24 @@ impl Copies {
         Self(copies.collect())
     }
 
+    fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    fn directory(&self, copy: usize) -> &Path {
+        &self.0[copy].directory
+    }
+
+    /// A copy is used no more; said once.
+    fn drop_one(&self, copy: usize, reason: &Error) {
+        if !self.0[copy].dropped.swap(true, Ordering::Relaxed) {
+            log::warn!(
+                "the copy in {} is used no more: {reason}",
+                self.directory(copy).display()
+            );
+        }
+    }
+
     /// All copies, the model itself first; nothing where there is only the model.
     #[must_use]
     pub fn stats(&self) -> Vec<CopyStats> {
@@ -95,7 +117,7 @@ impl Mirrored {
         copies: Arc<Copies>,
         options: &ReaderOptions,
     ) -> Result<Self> {
-        let copies_count = copies.0.len().max(1);
+        let copies_count = copies.count().max(1);
         let shards_count = files.len() / copies_count;
         if copies_count == 1 {
             return Ok(Self {
@@ -119,14 +141,7 @@ impl Mirrored {
         }
         let depth = options.depth.min(DEPTH_MOST / copies_count as u32).max(1);
         options.depth = depth * copies_count as u32;
-        let spread = Spread {
-            lanes: (0..copies_count).map(|_| Lane::default()).collect(),
-            sent: Vec::with_capacity(options.depth as usize),
-            depth,
-            request_bytes: u64::from(options.request_bytes),
-            copies,
-            sorted: Vec::with_capacity(options.depth as usize),
-        };
+        let spread = Spread::new(copies, depth, u64::from(options.request_bytes))?;
         Ok(Self {
             reader: Reader::new(Arc::clone(&files), &options)?,
             files,
@@ -159,7 +174,10 @@ impl Mirrored {
     /// See [`Reader::in_flight`].
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.reader.in_flight()
+        match &self.spread {
+            Some(spread) => spread.sent.len() - usize::from(spread.probe.is_out()),
+            None => self.reader.in_flight(),
+        }
     }
 
     /// See [`Reader::waker`].
@@ -176,7 +194,14 @@ impl Mirrored {
 
     /// See [`Reader::drain`].
     pub fn drain(&mut self, bound: Duration) -> Vec<u64> {
-        self.reader.drain(bound)
+        let mut kept = self.reader.drain(bound);
+        if let Some(spread) = &mut self.spread
+            && spread.probe.is_out()
+        {
+            spread.probe.came_back(!kept.contains(&probe::KEY));
+        }
+        kept.retain(|key| *key != probe::KEY);
+        kept
     }
 
     /// Looks whether a shard is what it was when it was opened, and each of its copies. A copy that is not is dropped and the
@@ -256,11 +281,13 @@ impl Mirrored {
     /// # Errors
     /// As [`Reader::wait`].
     pub fn wait(&mut self, timeout: Option<Duration>, out: &mut Vec<Completion>) -> Result<()> {
+        self.probe()?;
         let Some(spread) = &mut self.spread else {
             return self.reader.wait(timeout, out);
         };
         let mut sorted = std::mem::take(&mut spread.sorted);
         self.reader.wait(timeout, &mut sorted)?;
+        spread.look(Instant::now());
         for completion in sorted.drain(..) {
             if let Some(completion) = self.settle(completion)? {
                 out.push(completion);
@@ -272,7 +299,28 @@ impl Mirrored {
         Ok(())
     }
 
-    /// Books a completion; `None` when its request was sent to another copy.
+    /// Tries a copy that is left out, where it is time for that and there is something to read at all.
+    fn probe(&mut self) -> Result<()> {
+        let room = self.reader.free() > 0;
+        let Some(spread) = self.spread.as_mut().filter(|_| room) else {
+            return Ok(());
+        };
+        let Some(like) = spread.sent.last().map(|sent| sent.request) else {
+            return Ok(());
+        };
+        let Some((request, lane)) = spread.probe.request(&like).zip(spread.probe_due()) else {
+            return Ok(());
+        };
+        spread.probe.went_out();
+        // SAFETY: the memory is the probe's own, in use for no other read, and given up where the kernel keeps it.
+        let sent = unsafe { self.send(request, lane) };
+        if let (Err(_), Some(spread)) = (&sent, &mut self.spread) {
+            spread.probe.came_back(true);
+        }
+        sent
+    }
+
+    /// Books a completion; `None` when its request was sent to another copy, or was a probe.
     fn settle(&mut self, completion: Completion) -> Result<Option<Completion>> {
         let Some(spread) = &mut self.spread else {
             return Ok(Some(completion));
@@ -285,7 +333,11 @@ impl Mirrored {
             return Ok(Some(completion));
         };
         let Sent { request, lane } = spread.sent.swap_remove(place);
-        spread.lanes[lane].end(request.len_bytes, Instant::now());
+        spread.end(lane, request.len_bytes);
+        let is_probe = request.key == probe::KEY;
+        if is_probe {
+            spread.probe.came_back(completion.returned);
+        }
         let file = &self.files[lane * self.shards_count + request.shard_index as usize];
         // Each request answers for itself, by a look (an fstat, below a microsecond) at its file after its last byte. One
         // look for a whole fetch comes too late: another fetch may have had the copy dropped in between.
@@ -299,9 +351,12 @@ impl Mirrored {
             spread.copies.0[lane]
                 .bytes
                 .fetch_add(bytes, Ordering::Relaxed);
-            return Ok(Some(completion));
+            return Ok((!is_probe).then_some(completion));
         };
         spread.drop_lane(lane, &error);
+        if is_probe {
+            return Ok(None);
+        }
         let failed = Completion {
             result: Err(error),
             ..completion
@@ -324,6 +379,16 @@ impl Mirrored {
             || u64::from(self.reader.request_bytes()),
             |spread| spread.request_bytes,
         )
+    }
+}
+
+impl Drop for Mirrored {
+    fn drop(&mut self) {
+        // The probe's memory must not go before the kernel is done with it.
+        let is_out = |spread: &Spread| spread.probe.is_out();
+        if self.spread.as_ref().is_some_and(is_out) {
+            self.drain(DROP_BOUND);
+        }
     }
 }
 
