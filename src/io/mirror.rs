@@ -65,8 +65,14 @@ impl Copies {
         Self(copies.collect())
     }
 
-    fn count(&self) -> usize {
+    /// How many there are, the model itself included.
+    pub(super) fn count(&self) -> usize {
         self.0.len()
+    }
+
+    /// Whether somebody found that it cannot be used.
+    pub(super) fn is_dropped(&self, copy: usize) -> bool {
+        self.0[copy].dropped.load(Ordering::Relaxed)
     }
 
     fn directory(&self, copy: usize) -> &Path {
@@ -74,7 +80,7 @@ impl Copies {
     }
 
     /// A copy is used no more; said once.
-    fn drop_one(&self, copy: usize, reason: &Error) {
+    pub(super) fn drop_one(&self, copy: usize, reason: &Error) {
         if !self.0[copy].dropped.swap(true, Ordering::Relaxed) {
             log::warn!(
                 "the copy in {} is used no more: {reason}",
@@ -393,7 +399,7 @@ impl Drop for Mirrored {
 }
 
 /// The file was written to, as opposed to a drive that does not answer.
-const fn is_change(error: &Error) -> bool {
+pub(super) const fn is_change(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Changed | ErrorKind::Truncated)
 }
 
