@@ -118,8 +118,8 @@ impl Model {
             reader: self.options.reader.kind,
             ..RowOptions::default()
         };
-        let reader = RowReader::new(self.files.clone(), table, &options)?;
-        Ok(reader.with_copies(Arc::clone(&self.copies)))
+        let copies = Arc::clone(&self.copies);
+        RowReader::of_copies(self.files.clone(), copies, table, &options)
     }
 
     /// What reading rows has done so far.

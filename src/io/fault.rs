@@ -28,6 +28,8 @@ pub struct Faults {
     pub short_every: Option<u64>,
     /// The Nth read, counted from 1, never comes back (`stuck` = the first, or `stuck=N`).
     pub stuck: Option<u64>,
+    /// No read of these files comes back (`hung=SHARD`, may be given several times).
+    pub hung: Vec<u32>,
     /// The Nth read, counted from 1, makes the thread panic that asks for it (`panic=N`).
     pub panic: Option<u64>,
     /// For `mem`: a slot is overwritten when it moves (`poison`).
@@ -74,6 +76,7 @@ impl Faults {
                 ("short_every", Some(v)) => faults.short_every = Some(nonzero(word, v)?),
                 ("stuck", None) => faults.stuck = Some(1),
                 ("stuck", Some(v)) => faults.stuck = Some(nonzero(word, v)?),
+                ("hung", Some(v)) => faults.hung.push(shard(word, v)?),
                 ("panic", Some(v)) => faults.panic = Some(nonzero(word, v)?),
                 ("poison", None) => faults.poison = true,
                 ("nowait", None) => faults.nowait = true,
@@ -89,7 +92,7 @@ fn unknown(word: &str) -> Error {
     Error::new(
         ErrorKind::Invalid,
         format!(
-            "{VARIABLE}: '{word}' is not a fault; known: delay_ms=N flip=SHARD:OFFSET eio_every=N dead=SHARD short_every=N stuck[=N] panic=N poison nowait noevent"
+            "{VARIABLE}: '{word}' is not a fault; known: delay_ms=N flip=SHARD:OFFSET eio_every=N dead=SHARD short_every=N stuck[=N] hung=SHARD panic=N poison nowait noevent"
         ),
     )
 }
@@ -149,7 +152,7 @@ impl Injector {
         Fate {
             eio: every(self.faults.eio_every) || self.faults.dead.contains(&shard_index),
             short: every(self.faults.short_every),
-            stuck: self.faults.stuck == Some(ordinal),
+            stuck: self.faults.stuck == Some(ordinal) || self.faults.hung.contains(&shard_index),
         }
     }
 
@@ -177,7 +180,7 @@ mod tests {
     #[test]
     fn every_word_parses_and_any_other_is_named() {
         let faults = Faults::parse(
-            "delay_ms=20, flip=1:4097,flip=0:0,eio_every=3,dead=2,short_every=2,stuck,panic=9,poison,nowait,noevent",
+            "delay_ms=20, flip=1:4097,flip=0:0,eio_every=3,dead=2,short_every=2,stuck,hung=4,panic=9,poison,nowait,noevent",
         )
         .unwrap();
         assert_eq!(
@@ -189,6 +192,7 @@ mod tests {
                 dead: vec![2],
                 short_every: Some(2),
                 stuck: Some(1),
+                hung: vec![4],
                 panic: Some(9),
                 poison: true,
                 nowait: true,

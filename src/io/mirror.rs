@@ -147,6 +147,7 @@ impl Mirrored {
         }
         let depth = options.depth.min(DEPTH_MOST / copies_count as u32).max(1);
         options.depth = depth * copies_count as u32;
+        options.drives_count = copies_count as u32;
         let spread = Spread::new(copies, depth, u64::from(options.request_bytes))?;
         Ok(Self {
             reader: Reader::new(Arc::clone(&files), &options)?,

@@ -115,12 +115,27 @@ impl RowReader {
     /// `Invalid` for a table that is not in its file or options out of range; `Refused` for a budget that does not hold
     /// the reads in flight; `NoMemory`; those of [`Reader::new`].
     pub fn new(files: Arc<[ShardFile]>, table: RowTable, options: &RowOptions) -> Result<Self> {
+        Self::with_faults((files, None), table, options, Faults::from_env()?)
+    }
+
+    /// [`RowReader::new`] where the files are `copies` of a model, one behind the other: if the drive of one fails, the next one
+    /// serves.
+    ///
+    /// # Errors
+    /// As [`RowReader::new`].
+    pub fn of_copies(
+        files: Arc<[ShardFile]>,
+        copies: Arc<Copies>,
+        table: RowTable,
+        options: &RowOptions,
+    ) -> Result<Self> {
+        let files = (files, Some(copies));
         Self::with_faults(files, table, options, Faults::from_env()?)
     }
 
-    /// [`RowReader::new`] with faults given instead of read from the environment.
+    /// With faults given instead of read from the environment.
     fn with_faults(
-        files: Arc<[ShardFile]>,
+        (files, copies): (Arc<[ShardFile]>, Option<Arc<Copies>>),
         table: RowTable,
         options: &RowOptions,
         faults: Faults,
@@ -143,6 +158,7 @@ impl RowReader {
             page_bytes: PAGE_4K,
             // A call leaves nothing in flight.
             any_thread: true,
+            drives_count: copies.as_ref().map_or(1, |copies| copies.count() as u32),
             ..ReaderOptions::default()
         };
         let depth = options.depth as usize;
@@ -150,7 +166,7 @@ impl RowReader {
             table,
             reader: Reader::with_faults(Arc::clone(&files), &reader_options, faults)?,
             files,
-            copies: None,
+            copies,
             copy: 0,
             memory_bytes: memory.len_bytes()
                 + PageCache::account_bytes(options.policy, pages_count, slots),
@@ -175,13 +191,6 @@ impl RowReader {
             broken: false,
             counters: RowCounters::default(),
         })
-    }
-
-    /// The files are these copies of a model, one behind the other: where the drive of one fails, the next one serves.
-    #[must_use]
-    pub fn with_copies(mut self, copies: Arc<Copies>) -> Self {
-        self.copies = Some(copies);
-        self
     }
 
     /// Which file the table is read from.

@@ -271,8 +271,9 @@ mod copies {
         let copies = Arc::new(Copies::new(&files, 1));
         let (table, options) = (table(0, 4096), options(4, 4096, 4 << 20));
         let faults = Faults::parse(faults).unwrap();
+        let files = (files, Some(Arc::clone(&copies)));
         let reader = RowReader::with_faults(files, table, &options, faults).unwrap();
-        (reader.with_copies(Arc::clone(&copies)), paths, copies)
+        (reader, paths, copies)
     }
 
     fn dropped(copies: &Copies) -> Vec<bool> {
