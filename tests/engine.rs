@@ -528,3 +528,47 @@ fn mirrors_share_the_reading() {
     let refused = common::output(&mut command);
     assert_eq!(refused.status.code(), Some(2), "{refused:?}");
 }
+
+/// A copy that is written to while it is in use is used no more; the walk goes on, and nothing of the newer file is seen.
+#[test]
+fn a_mirror_that_is_rewritten_under_a_walk_costs_no_byte() {
+    let path = small_model();
+    let name = path.file_name().expect("a name");
+    for (backing, kind) in [
+        (Backing::Private, ReaderKind::IoUring),
+        (Backing::Shared, ReaderKind::Pread),
+    ] {
+        let copies = tempfile::tempdir().expect("a directory");
+        let copy = copies.path().join(name);
+        std::fs::copy(&path, &copy).expect("a copy");
+        let asked = OpenOptions {
+            backing,
+            page_bytes: Some(4096),
+            mirrors: vec![copies.path().to_path_buf()],
+            reader: ReaderOptions {
+                kind,
+                request_bytes: 64 << 10,
+                depth: 4,
+                ..ReaderOptions::default()
+            },
+            ..options(smallest(&path, 4096))
+        };
+        let model = Model::open(&path, asked).expect("open");
+        walk(&model, &path, 1);
+        // In the middle of a pass, with layers ahead on their way.
+        model.acquire(0, None, None).expect("acquire");
+        let newer: Vec<u8> = std::fs::read(&copy)
+            .expect("read")
+            .iter()
+            .map(|b| !b)
+            .collect();
+        std::fs::write(&copy, newer).expect("a newer model");
+        model.release(0).expect("release");
+        walk(&model, &path, 3);
+        let stats = model.stats();
+        assert!(stats.mirrors[1].is_dropped, "{:?}", stats.mirrors);
+        assert!(stats.mirrors.iter().all(|copy| copy.bytes_read > 0));
+        let told = |f: &flea::engine::Fallback| f.kind == flea::engine::FallbackKind::Mirror;
+        assert_eq!(stats.fallbacks.iter().filter(|f| told(f)).count(), 1);
+    }
+}

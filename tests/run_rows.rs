@@ -198,4 +198,25 @@ mod faults {
             assert!(number(&result, "rows") > 600.0, "{result}");
         }
     }
+
+    /// The model's own drive fails from the first read on: layers and rows come from the copy.
+    #[test]
+    fn a_dead_drive_beside_a_copy_changes_no_bit() {
+        let model = model("llama", "f16", "40000", &[]);
+        let copies = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+        let copy = copies.path().join(model.file_name().expect("a name"));
+        std::fs::copy(&model, copy).expect("a copy");
+        let directory = copies.path().to_str().expect("a path");
+        let reference = json(&mut after(&model, "300", &["--no-stream"]));
+        for reader in ["io_uring", "pread"] {
+            let streaming = ["--memory", "60%", "--reader", reader, "--mirror", directory];
+            let result = json(after(&model, "300", &streaming).env("FLEA_FAULT", "dead=0"));
+            assert_same(&reference, &result, reader);
+            assert!(number(&result, "rows") > 0.0, "{result}");
+            let mirrors = &result["mirrors"];
+            assert_eq!(mirrors[0]["dropped"], true, "{result}");
+            assert_eq!(mirrors[1]["dropped"], false, "{result}");
+            assert_eq!(number(&mirrors[0], "bytes_read"), 0.0, "{result}");
+        }
+    }
 }

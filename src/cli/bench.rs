@@ -121,7 +121,8 @@ pub struct StreamArgs {
     #[arg(long)]
     pub verify: bool,
 
-    /// A directory with a copy of the model's files, to be read from as well; may be given several times
+    /// A directory with a copy of the model's files, to be read from as well; may be given several times. Lengths, holes and
+    /// samples of the bytes are compared with the model, not every byte
     #[arg(long, value_name = "DIR")]
     pub mirror: Vec<PathBuf>,
 

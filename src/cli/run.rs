@@ -167,7 +167,8 @@ struct StreamingArgs {
     #[arg(long, value_name = "BACKING", default_value = "private", value_parser = backing)]
     backing: u32,
 
-    /// A directory with a copy of the model's files, to be read from as well; may be given several times
+    /// A directory with a copy of the model's files, to be read from as well; may be given several times. Lengths, holes and
+    /// samples of the bytes are compared with the model, not every byte
     #[arg(long, value_name = "DIR")]
     mirror: Vec<PathBuf>,
 

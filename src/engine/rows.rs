@@ -2,7 +2,7 @@
 //!
 //! Rows are copied out and lie in no window: at constant addresses every few of their pages would be a mapping of its own,
 //! and a process has 65530 of them. Invariants: a row reader takes its memory before the plan is made, so that the plan
-//! counts it as the host's; what a call copies out is the file's bytes, or the call fails. Place: beside the stream in
+//! counts it as the host's; what a call copies out is the file's bytes, or a copy's where its drive failed, or the call fails. Place: beside the stream in
 //! `file -> catalog -> plan -> reader -> pool -> lease -> host`; it uses `reader` alone.
 
 use super::model::Model;
@@ -13,7 +13,7 @@ use crate::io::ReaderKind;
 use crate::io::rows::{RowOptions, RowReader, RowTable};
 use crate::model::Catalog;
 use crate::plan::{RowsPlan, rows};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Most rows in one call.
 pub const ROWS_MAX: usize = 1 << 24;
@@ -118,7 +118,8 @@ impl Model {
             reader: self.options.reader.kind,
             ..RowOptions::default()
         };
-        RowReader::new(self.files.clone(), table, &options)
+        let copies = Arc::clone(&self.copies);
+        RowReader::of_copies(self.files.clone(), copies, table, &options)
     }
 
     /// What reading rows has done so far.

@@ -22,10 +22,14 @@ pub struct Faults {
     pub flips: Vec<(u32, u64)>,
     /// Every Nth read fails with EIO, which a retry mends (`eio_every=N`; 1 fails every retry too).
     pub eio_every: Option<u64>,
+    /// Every read of these files fails with EIO, retries and all (`dead=SHARD`, may be given several times).
+    pub dead: Vec<u32>,
     /// Every Nth read asks for about half (`short_every=N`).
     pub short_every: Option<u64>,
     /// The Nth read, counted from 1, never comes back (`stuck` = the first, or `stuck=N`).
     pub stuck: Option<u64>,
+    /// No read of these files comes back (`hung=SHARD`, may be given several times).
+    pub hung: Vec<u32>,
     /// The Nth read, counted from 1, makes the thread panic that asks for it (`panic=N`).
     pub panic: Option<u64>,
     /// For `mem`: a slot is overwritten when it moves (`poison`).
@@ -68,9 +72,11 @@ impl Faults {
                 }
                 ("flip", Some(v)) => faults.flips.push(place(word, v)?),
                 ("eio_every", Some(v)) => faults.eio_every = Some(nonzero(word, v)?),
+                ("dead", Some(v)) => faults.dead.push(shard(word, v)?),
                 ("short_every", Some(v)) => faults.short_every = Some(nonzero(word, v)?),
                 ("stuck", None) => faults.stuck = Some(1),
                 ("stuck", Some(v)) => faults.stuck = Some(nonzero(word, v)?),
+                ("hung", Some(v)) => faults.hung.push(shard(word, v)?),
                 ("panic", Some(v)) => faults.panic = Some(nonzero(word, v)?),
                 ("poison", None) => faults.poison = true,
                 ("nowait", None) => faults.nowait = true,
@@ -86,7 +92,7 @@ fn unknown(word: &str) -> Error {
     Error::new(
         ErrorKind::Invalid,
         format!(
-            "{VARIABLE}: '{word}' is not a fault; known: delay_ms=N flip=SHARD:OFFSET eio_every=N short_every=N stuck[=N] panic=N poison nowait noevent"
+            "{VARIABLE}: '{word}' is not a fault; known: delay_ms=N flip=SHARD:OFFSET eio_every=N dead=SHARD short_every=N stuck[=N] hung=SHARD panic=N poison nowait noevent"
         ),
     )
 }
@@ -104,10 +110,12 @@ fn nonzero(word: &str, value: &str) -> Result<u64> {
 
 fn place(word: &str, value: &str) -> Result<(u32, u64)> {
     let (shard, offset) = value.split_once(':').ok_or_else(|| unknown(word))?;
-    Ok((
-        shard.parse().map_err(|_| unknown(word))?,
-        offset.parse().map_err(|_| unknown(word))?,
-    ))
+    let offset = offset.parse().map_err(|_| unknown(word))?;
+    Ok((self::shard(word, shard)?, offset))
+}
+
+fn shard(word: &str, value: &str) -> Result<u32> {
+    value.parse().map_err(|_| unknown(word))
 }
 
 /// What befalls one read.
@@ -133,8 +141,8 @@ impl Injector {
         }
     }
 
-    /// Draws the fate of the next read.
-    pub(super) fn next_read(&self) -> Fate {
+    /// Draws the fate of the next read, which is of this file.
+    pub(super) fn next_read(&self, shard_index: u32) -> Fate {
         if !cfg!(feature = "faults") {
             return Fate::default();
         }
@@ -142,9 +150,9 @@ impl Injector {
         assert!(self.faults.panic != Some(ordinal), "{VARIABLE}: panic");
         let every = |n: Option<u64>| n.is_some_and(|n| ordinal.is_multiple_of(n));
         Fate {
-            eio: every(self.faults.eio_every),
+            eio: every(self.faults.eio_every) || self.faults.dead.contains(&shard_index),
             short: every(self.faults.short_every),
-            stuck: self.faults.stuck == Some(ordinal),
+            stuck: self.faults.stuck == Some(ordinal) || self.faults.hung.contains(&shard_index),
         }
     }
 
@@ -172,7 +180,7 @@ mod tests {
     #[test]
     fn every_word_parses_and_any_other_is_named() {
         let faults = Faults::parse(
-            "delay_ms=20, flip=1:4097,flip=0:0,eio_every=3,short_every=2,stuck,panic=9,poison,nowait,noevent",
+            "delay_ms=20, flip=1:4097,flip=0:0,eio_every=3,dead=2,short_every=2,stuck,hung=4,panic=9,poison,nowait,noevent",
         )
         .unwrap();
         assert_eq!(
@@ -181,8 +189,10 @@ mod tests {
                 delay: Some(Duration::from_millis(20)),
                 flips: vec![(1, 4097), (0, 0)],
                 eio_every: Some(3),
+                dead: vec![2],
                 short_every: Some(2),
                 stuck: Some(1),
+                hung: vec![4],
                 panic: Some(9),
                 poison: true,
                 nowait: true,
@@ -194,6 +204,7 @@ mod tests {
             "flip=7",
             "delay_ms",
             "eio_every=0",
+            "dead=first",
             "no_such_fault",
             "poison=1",
             "delay_ms=-1",

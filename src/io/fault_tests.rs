@@ -145,3 +145,46 @@ fn the_deadline_ends_retries() {
         assert!(done[0].1.returned, "{kind}: the memory is back");
     }
 }
+
+#[test]
+fn a_drive_that_hangs_keeps_no_other_waiting() {
+    const LEN_BYTES: u64 = 64 << 10;
+    let (hung, fine) = (fixture(1 << 20), fixture(1 << 20));
+    for kind in BOTH {
+        let options = ReaderOptions {
+            depth: 16,
+            drives_count: 2,
+            ..options(kind)
+        };
+        let faults = Faults::parse("hung=0").unwrap();
+        let files = shards(&[&hung.path, &fine.path]);
+        let mut reader = Reader::with_faults(files, &options, faults).unwrap();
+        let memory = AlignedMemory::new(16 * LEN_BYTES, 4096).unwrap();
+        for key in 0..16 {
+            let request = Request {
+                key,
+                shard_index: (key / 8) as u32,
+                offset_bytes: key % 8 * LEN_BYTES,
+                len_bytes: LEN_BYTES,
+                // SAFETY: the memory is sixteen such places long.
+                target: unsafe { memory.as_ptr().add((key * LEN_BYTES) as usize) },
+            };
+            // SAFETY: each read has a place of its own, and the memory is leaked.
+            unsafe { reader.submit(request).unwrap() };
+        }
+        let give_up = Instant::now() + Duration::from_secs(10);
+        let (mut out, mut done) = (Vec::new(), Vec::new());
+        while done.len() < 8 && Instant::now() < give_up {
+            let patience = Some(Duration::from_millis(50));
+            reader.wait(patience, &mut out).unwrap();
+            done.extend(out.drain(..).map(|c| (c.key, c.result)));
+        }
+        done.sort_by_key(|(key, _)| *key);
+        let expected: Vec<_> = (8..16).map(|key| (key, Ok(()))).collect();
+        assert_eq!(done, expected, "{kind}");
+        let half = 8 * LEN_BYTES as usize;
+        assert!(memory.bytes()[half..][..half] == fine.bytes[..half]);
+        drop(reader.drain(Duration::from_secs(1)));
+        memory.leak();
+    }
+}

@@ -1,12 +1,16 @@
 //! Several copies of a model on several drives: each request goes to the copy that will have it first.
 //!
 //! A wrapper around one [`Reader`] whose files are the shards of every copy, one copy behind the other. Every copy has a
-//! queue of its own, as long as the fastest copy takes for its depth: a slow drive gets what it can do in that time and no
-//! layer waits for it longer. A copy that fails is dropped, its requests go to the others, and it is said. Invariants:
-//! bytes are handed out only from copies that have not changed since they were opened; a request whose memory the kernel
-//! keeps is never asked for again. Without mirrors every call is passed on as it is.
+//! queue of its own, as long as the fastest copy takes for its depth: a slow drive gets what it can do in that time, and one
+//! that cannot do a single request nothing but a probe now and then. A copy that fails is dropped, its requests go to the others, and it is said. Invariants:
+//! bytes are handed out only from copies that had not changed when the last of them was read; a request whose memory the
+//! kernel keeps is never asked for again. Without mirrors every call is passed on as it is.
 //! Place: `reader` of `file -> catalog -> plan -> reader -> pool -> lease -> host`.
 #![allow(unsafe_code)]
+
+mod lanes;
+mod probe;
+mod same;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,18 +22,13 @@ use super::{
     default_depth, default_request_bytes,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::{PAGE_2M, PAGE_4K, align_down};
+use crate::units::PAGE_2M;
 
-/// Most copies beside the model itself.
-pub const MIRRORS_MAX: usize = 15;
-/// Pages of each shard that are held against the first copy's.
-const SAMPLES: u64 = 64;
-/// Of the head of each shard this much is compared to the byte; a header is inside it, or sampled with the rest.
-const HEAD_BYTES: u64 = 1 << 20;
-/// How much a newly measured rate weighs against what was known.
-const RATE_WEIGHT: f64 = 0.25;
-/// A rate is taken over at least this many requests: one alone may have met an empty or a full queue.
-const RATE_REQUESTS: u32 = 4;
+use lanes::{Sent, Spread};
+pub use same::{MIRRORS_MAX, open};
+
+/// How long a dropped reader waits for its probe.
+const DROP_BOUND: Duration = Duration::from_secs(2);
 
 /// What is known about each copy, for whoever shows it.
 #[derive(Debug)]
@@ -66,6 +65,30 @@ impl Copies {
         Self(copies.collect())
     }
 
+    /// How many there are, the model itself included.
+    pub(super) fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether somebody found that it cannot be used.
+    pub(super) fn is_dropped(&self, copy: usize) -> bool {
+        self.0[copy].dropped.load(Ordering::Relaxed)
+    }
+
+    fn directory(&self, copy: usize) -> &Path {
+        &self.0[copy].directory
+    }
+
+    /// A copy is used no more; said once.
+    pub(super) fn drop_one(&self, copy: usize, reason: &Error) {
+        if !self.0[copy].dropped.swap(true, Ordering::Relaxed) {
+            log::warn!(
+                "the copy in {} is used no more: {reason}",
+                self.directory(copy).display()
+            );
+        }
+    }
+
     /// All copies, the model itself first; nothing where there is only the model.
     #[must_use]
     pub fn stats(&self) -> Vec<CopyStats> {
@@ -78,213 +101,6 @@ impl Copies {
             is_dropped: copy.dropped.load(Ordering::Relaxed),
         });
         copies.collect()
-    }
-}
-
-/// Opens the copies of `files` in each of `directories`: the files of the model, then those of each copy.
-///
-/// # Errors
-/// `Invalid` for a copy that is not one (another length, other bytes, the very same file) or too many of them; what
-/// opening and reading the files gives.
-pub fn open(mut files: Vec<ShardFile>, directories: &[PathBuf]) -> Result<Vec<ShardFile>> {
-    if directories.len() > MIRRORS_MAX {
-        return Err(invalid(format!(
-            "{} mirrors are too many; {MIRRORS_MAX} are the most",
-            directories.len()
-        )));
-    }
-    if !directories.is_empty() && files.iter().any(|file| file.coded().is_some()) {
-        let context = "a compressed model is read from one place; leave out --mirror, or flea pack --decompress it";
-        return Err(Error::new(ErrorKind::Unsupported, context));
-    }
-    let shards_count = files.len();
-    for directory in directories {
-        for shard in 0..shards_count {
-            let name = files[shard]
-                .path()
-                .file_name()
-                .ok_or_else(|| invalid(format!("{} has no name", files[shard].path().display())))?;
-            let copy = ShardFile::open(&directory.join(name))?;
-            let same = |other: &ShardFile| {
-                let (a, b) = (other.identity(), copy.identity());
-                (a.device, a.inode) == (b.device, b.inode)
-            };
-            if let Some(other) = files.iter().find(|other| same(other)) {
-                return Err(invalid(format!(
-                    "mirror {} is the same file as {}",
-                    copy.path().display(),
-                    other.path().display()
-                )));
-            }
-            check_same(&files[shard], &copy)?;
-            files.push(copy);
-        }
-    }
-    Ok(files)
-}
-
-fn invalid(context: String) -> Error {
-    Error::new(ErrorKind::Invalid, context)
-}
-
-/// Length, head, tail and pages all over must agree.
-fn check_same(original: &ShardFile, copy: &ShardFile) -> Result<()> {
-    let len_bytes = original.len_bytes();
-    if copy.len_bytes() != len_bytes {
-        return Err(invalid(format!(
-            "mirror {} has {} bytes, but {} has {len_bytes}; copy it anew",
-            copy.path().display(),
-            copy.len_bytes(),
-            original.path().display()
-        )));
-    }
-    let head_bytes = HEAD_BYTES.min(len_bytes);
-    check_range(original, copy, 0, head_bytes)?;
-    let last = align_down(len_bytes.saturating_sub(1), PAGE_4K);
-    // A prime step visits pages of every kind; the same ones each time, so that a bad copy is bad every time.
-    let pages_count = len_bytes.div_ceil(PAGE_4K);
-    let step = (pages_count / SAMPLES).max(1);
-    let samples = (0..SAMPLES).map(|sample| (sample * step + sample * 7919 % step) % pages_count);
-    for offset_bytes in samples.map(|page| page * PAGE_4K).chain([last]) {
-        let part = PAGE_4K.min(len_bytes - offset_bytes);
-        check_range(original, copy, offset_bytes, part)?;
-    }
-    Ok(())
-}
-
-fn check_range(original: &ShardFile, copy: &ShardFile, offset: u64, len: u64) -> Result<()> {
-    let mut expected = vec![0; len as usize];
-    let mut found = vec![0; len as usize];
-    original.read_exact_at(offset, &mut expected)?;
-    copy.read_exact_at(offset, &mut found)?;
-    match expected.iter().zip(&found).position(|(a, b)| a != b) {
-        None => Ok(()),
-        Some(byte) => Err(invalid(format!(
-            "mirror {} differs from {} at offset {}; copy it anew",
-            copy.path().display(),
-            original.path().display(),
-            offset + byte as u64
-        ))),
-    }
-}
-
-/// One copy at work.
-#[derive(Debug, Default)]
-struct Lane {
-    is_dropped: bool,
-    outstanding_count: u32,
-    outstanding_bytes: u64,
-    /// Bytes per second; 0 = not known yet.
-    rate: f64,
-    /// The measurement under way: since when it has had something to do, and what it did.
-    busy_since: Option<Instant>,
-    done_bytes: u64,
-    done_count: u32,
-}
-
-impl Lane {
-    fn begin(&mut self, len_bytes: u64, now: Instant) {
-        self.outstanding_count += 1;
-        self.outstanding_bytes += len_bytes;
-        self.busy_since.get_or_insert(now);
-    }
-
-    fn end(&mut self, len_bytes: u64, now: Instant) {
-        self.outstanding_count -= 1;
-        self.outstanding_bytes -= len_bytes;
-        self.done_bytes += len_bytes;
-        self.done_count += 1;
-        let Some(since) = self.busy_since else { return };
-        let is_idle = self.outstanding_count == 0;
-        if self.done_count >= RATE_REQUESTS || is_idle {
-            let seconds = now.saturating_duration_since(since).as_secs_f64().max(1e-6);
-            let measured = self.done_bytes as f64 / seconds;
-            self.rate = if self.rate > 0.0 {
-                self.rate + (measured - self.rate) * RATE_WEIGHT
-            } else {
-                measured
-            };
-            self.busy_since = (!is_idle).then_some(now);
-            (self.done_bytes, self.done_count) = (0, 0);
-        }
-    }
-}
-
-/// A request on its way to a copy.
-#[derive(Debug, Clone)]
-struct Sent {
-    request: Request,
-    lane: usize,
-}
-
-/// The copies of a model.
-#[derive(Debug)]
-struct Spread {
-    lanes: Vec<Lane>,
-    sent: Vec<Sent>,
-    depth: u32,
-    request_bytes: u64,
-    copies: Arc<Copies>,
-    /// Completions kept while a wait sorts them.
-    sorted: Vec<Completion>,
-}
-
-impl Spread {
-    /// Bytes per second of a lane; before the first measurement that of the others, or just any.
-    fn rate(&self, lane: usize) -> f64 {
-        let own = self.lanes[lane].rate;
-        if own > 0.0 {
-            return own;
-        }
-        let most = self.lanes.iter().map(|lane| lane.rate).fold(0.0, f64::max);
-        if most > 0.0 { most } else { 1e9 }
-    }
-
-    /// How many requests a copy may have: what it does in the time in which the fastest does its depth.
-    fn allowed(&self, lane: usize) -> u32 {
-        if self.lanes[lane].is_dropped {
-            return 0;
-        }
-        let live = (0..self.lanes.len()).filter(|&other| !self.lanes[other].is_dropped);
-        let fastest = live.map(|other| self.rate(other)).fold(0.0, f64::max);
-        let share = self.rate(lane) / fastest.max(1e-9);
-        ((f64::from(self.depth) * share).round() as u32).clamp(1, self.depth)
-    }
-
-    fn free(&self) -> usize {
-        let lanes = 0..self.lanes.len();
-        let free = lanes.map(|lane| {
-            let outstanding = self.lanes[lane].outstanding_count;
-            self.allowed(lane).saturating_sub(outstanding) as usize
-        });
-        free.sum()
-    }
-
-    /// The copy that would have `len_bytes` first, of those with room (or, with `crowd`, of all).
-    fn choose(&self, len_bytes: u64, crowd: bool) -> Option<usize> {
-        let open = (0..self.lanes.len()).filter(|&lane| {
-            let state = &self.lanes[lane];
-            !state.is_dropped && (crowd || state.outstanding_count < self.allowed(lane))
-        });
-        let seconds =
-            |lane: usize| (self.lanes[lane].outstanding_bytes + len_bytes) as f64 / self.rate(lane);
-        open.min_by(|&a, &b| seconds(a).total_cmp(&seconds(b)))
-    }
-
-    fn live_count(&self) -> usize {
-        self.lanes.iter().filter(|lane| !lane.is_dropped).count()
-    }
-
-    fn drop_lane(&mut self, lane: usize, reason: &Error) {
-        if std::mem::replace(&mut self.lanes[lane].is_dropped, true) {
-            return;
-        }
-        let copy = &self.copies.0[lane];
-        copy.dropped.store(true, Ordering::Relaxed);
-        log::warn!(
-            "the copy in {} is used no more: {reason}",
-            copy.directory.display()
-        );
     }
 }
 
@@ -307,7 +123,7 @@ impl Mirrored {
         copies: Arc<Copies>,
         options: &ReaderOptions,
     ) -> Result<Self> {
-        let copies_count = copies.0.len().max(1);
+        let copies_count = copies.count().max(1);
         let shards_count = files.len() / copies_count;
         if copies_count == 1 {
             return Ok(Self {
@@ -331,14 +147,8 @@ impl Mirrored {
         }
         let depth = options.depth.min(DEPTH_MOST / copies_count as u32).max(1);
         options.depth = depth * copies_count as u32;
-        let spread = Spread {
-            lanes: (0..copies_count).map(|_| Lane::default()).collect(),
-            sent: Vec::with_capacity(options.depth as usize),
-            depth,
-            request_bytes: u64::from(options.request_bytes),
-            copies,
-            sorted: Vec::with_capacity(options.depth as usize),
-        };
+        options.drives_count = copies_count as u32;
+        let spread = Spread::new(copies, depth, u64::from(options.request_bytes))?;
         Ok(Self {
             reader: Reader::new(Arc::clone(&files), &options)?,
             files,
@@ -371,7 +181,10 @@ impl Mirrored {
     /// See [`Reader::in_flight`].
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.reader.in_flight()
+        match &self.spread {
+            Some(spread) => spread.sent.len() - usize::from(spread.probe.is_out()),
+            None => self.reader.in_flight(),
+        }
     }
 
     /// See [`Reader::waker`].
@@ -388,29 +201,38 @@ impl Mirrored {
 
     /// See [`Reader::drain`].
     pub fn drain(&mut self, bound: Duration) -> Vec<u64> {
-        self.reader.drain(bound)
+        let mut kept = self.reader.drain(bound);
+        if let Some(spread) = &mut self.spread
+            && spread.probe.is_out()
+        {
+            spread.probe.came_back(!kept.contains(&probe::KEY));
+        }
+        kept.retain(|key| *key != probe::KEY);
+        kept
     }
 
-    /// Looks whether every copy of a shard that is in use is what it was when it was opened. A copy that is not is dropped,
-    /// and the error is given all the same: what was read from it lately is not to be trusted.
+    /// Looks whether a shard is what it was when it was opened, and each of its copies. A copy that is not is dropped and the
+    /// others go on: its bytes were looked at as they came ([`Mirrored::wait`]). A change of the model itself is an error
+    /// each time: catalog, rows and what the host keeps are from there.
     ///
     /// # Errors
-    /// As [`ShardFile::check_unchanged`].
+    /// As [`ShardFile::check_unchanged`], for the model and for the last copy that is left.
     pub fn check_unchanged(&mut self, shard_index: u32) -> Result<()> {
         let Some(spread) = &mut self.spread else {
             return self.files[shard_index as usize].check_unchanged();
         };
         let mut outcome = Ok(());
         for lane in 0..spread.lanes.len() {
-            if spread.lanes[lane].is_dropped {
+            let is_model = lane == 0;
+            if spread.lanes[lane].is_dropped && !is_model {
                 continue;
             }
             let file = &self.files[lane * self.shards_count + shard_index as usize];
             if let Err(error) = file.check_unchanged() {
-                if spread.live_count() > 1 {
-                    spread.drop_lane(lane, &error);
+                let others_go_on = spread.drop_lane(lane, &error);
+                if !others_go_on || (is_model && is_change(&error)) {
+                    outcome = Err(error);
                 }
-                outcome = Err(error);
             }
         }
         outcome
@@ -460,16 +282,19 @@ impl Mirrored {
         self.reader.flush()
     }
 
-    /// See [`Reader::wait`]. A read that failed is asked of another copy, and only when there is none it is a completion.
+    /// See [`Reader::wait`]. A read that failed, or whose file was written to before its last byte was here, is asked of
+    /// another copy, and only when there is none it is a completion.
     ///
     /// # Errors
     /// As [`Reader::wait`].
     pub fn wait(&mut self, timeout: Option<Duration>, out: &mut Vec<Completion>) -> Result<()> {
+        self.probe()?;
         let Some(spread) = &mut self.spread else {
             return self.reader.wait(timeout, out);
         };
         let mut sorted = std::mem::take(&mut spread.sorted);
         self.reader.wait(timeout, &mut sorted)?;
+        spread.look(Instant::now());
         for completion in sorted.drain(..) {
             if let Some(completion) = self.settle(completion)? {
                 out.push(completion);
@@ -481,7 +306,28 @@ impl Mirrored {
         Ok(())
     }
 
-    /// Books a completion; `None` when its request was sent to another copy.
+    /// Tries a copy that is left out, where it is time for that and there is something to read at all.
+    fn probe(&mut self) -> Result<()> {
+        let room = self.reader.free() > 0;
+        let Some(spread) = self.spread.as_mut().filter(|_| room) else {
+            return Ok(());
+        };
+        let Some(like) = spread.sent.last().map(|sent| sent.request) else {
+            return Ok(());
+        };
+        let Some((request, lane)) = spread.probe.request(&like).zip(spread.probe_due()) else {
+            return Ok(());
+        };
+        spread.probe.went_out();
+        // SAFETY: the memory is the probe's own, in use for no other read, and given up where the kernel keeps it.
+        let sent = unsafe { self.send(request, lane) };
+        if let (Err(_), Some(spread)) = (&sent, &mut self.spread) {
+            spread.probe.came_back(true);
+        }
+        sent
+    }
+
+    /// Books a completion; `None` when its request was sent to another copy, or was a probe.
     fn settle(&mut self, completion: Completion) -> Result<Option<Completion>> {
         let Some(spread) = &mut self.spread else {
             return Ok(Some(completion));
@@ -494,28 +340,42 @@ impl Mirrored {
             return Ok(Some(completion));
         };
         let Sent { request, lane } = spread.sent.swap_remove(place);
-        spread.lanes[lane].end(request.len_bytes, Instant::now());
-        let Err(error) = &completion.result else {
-            let file = &self.files[lane * self.shards_count + request.shard_index as usize];
+        spread.end(lane, request.len_bytes);
+        let is_probe = request.key == probe::KEY;
+        if is_probe {
+            spread.probe.came_back(completion.returned);
+        }
+        let file = &self.files[lane * self.shards_count + request.shard_index as usize];
+        // Each request answers for itself, by a look (an fstat, below a microsecond) at its file after its last byte. One
+        // look for a whole fetch comes too late: another fetch may have had the copy dropped in between.
+        let failure = match &completion.result {
+            Ok(()) => file.check_unchanged().err(),
+            Err(error) => Some(error.clone()),
+        };
+        let Some(error) = failure else {
             let held = file.len_bytes().saturating_sub(request.offset_bytes);
             let bytes = request.len_bytes.min(held);
             spread.copies.0[lane]
                 .bytes
                 .fetch_add(bytes, Ordering::Relaxed);
-            return Ok(Some(completion));
+            return Ok((!is_probe).then_some(completion));
         };
-        if spread.lanes[lane].is_dropped || spread.live_count() > 1 {
-            let error = error.clone();
-            spread.drop_lane(lane, &error);
+        spread.drop_lane(lane, &error);
+        if is_probe {
+            return Ok(None);
         }
+        let failed = Completion {
+            result: Err(error),
+            ..completion
+        };
         let other = spread.choose(request.len_bytes, true);
-        match other.filter(|&other| completion.returned && other != lane) {
+        match other.filter(|&other| failed.returned && other != lane) {
             // SAFETY: the memory is the submitter's until a completion is handed out, and this one is not.
             Some(other) => match unsafe { self.send(request, other) } {
                 Ok(()) => Ok(None),
-                Err(_) => Ok(Some(completion)),
+                Err(_) => Ok(Some(failed)),
             },
-            None => Ok(Some(completion)),
+            None => Ok(Some(failed)),
         }
     }
 
@@ -527,6 +387,21 @@ impl Mirrored {
             |spread| spread.request_bytes,
         )
     }
+}
+
+impl Drop for Mirrored {
+    fn drop(&mut self) {
+        // The probe's memory must not go before the kernel is done with it.
+        let is_out = |spread: &Spread| spread.probe.is_out();
+        if self.spread.as_ref().is_some_and(is_out) {
+            self.drain(DROP_BOUND);
+        }
+    }
+}
+
+/// The file was written to, as opposed to a drive that does not answer.
+pub(super) const fn is_change(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Changed | ErrorKind::Truncated)
 }
 
 #[cfg(test)]

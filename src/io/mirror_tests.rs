@@ -1,8 +1,10 @@
 //! Tests of mirrors: what is no copy is refused, both copies serve, a copy that fails is dropped and no byte is wrong.
 
+use std::os::unix::fs::FileExt;
+
 use super::*;
 use crate::io::AlignedMemory;
-use crate::units::MIB;
+use crate::units::{MIB, PAGE_4K};
 
 const LEN_BYTES: u64 = 24 * MIB + 777;
 const REQUEST_BYTES: u64 = 256 << 10;
@@ -47,6 +49,20 @@ fn mirrored(files: Vec<ShardFile>, kind: ReaderKind) -> (Mirrored, Arc<Copies>) 
     (reader, copies)
 }
 
+/// Asks for one piece of the file, into the same place of the memory, which has to outlive its completion.
+fn submit(reader: &mut Mirrored, memory: &AlignedMemory, piece: u64) -> Result<()> {
+    let request = Request {
+        key: piece,
+        shard_index: 0,
+        offset_bytes: piece * REQUEST_BYTES,
+        len_bytes: REQUEST_BYTES,
+        // SAFETY: below the length, rounded up to whole requests.
+        target: unsafe { memory.as_ptr().add((piece * REQUEST_BYTES) as usize) },
+    };
+    // SAFETY: every piece has a place of its own, and callers wait for all of them before the memory goes.
+    unsafe { reader.submit(request) }
+}
+
 /// Reads the whole file through the reader.
 fn read_all(reader: &mut Mirrored, between: &mut dyn FnMut(u64)) -> Result<Vec<u8>> {
     let memory = AlignedMemory::new(LEN_BYTES.next_multiple_of(REQUEST_BYTES), PAGE_4K)?;
@@ -56,16 +72,7 @@ fn read_all(reader: &mut Mirrored, between: &mut dyn FnMut(u64)) -> Result<Vec<u
     let mut failure = Ok(());
     while done < next || (next < count && failure.is_ok()) {
         while next < count && reader.free() > 0 && failure.is_ok() {
-            let request = Request {
-                key: next,
-                shard_index: 0,
-                offset_bytes: next * REQUEST_BYTES,
-                len_bytes: REQUEST_BYTES,
-                // SAFETY: below the length, rounded up to whole requests.
-                target: unsafe { memory.as_ptr().add((next * REQUEST_BYTES) as usize) },
-            };
-            // SAFETY: every request has a place of its own, and the memory outlives the loop, which waits for all.
-            unsafe { reader.submit(request)? };
+            submit(reader, &memory, next)?;
             next += 1;
         }
         reader.wait(None, &mut out)?;
@@ -110,7 +117,7 @@ fn a_copy_that_fails_is_dropped_and_the_others_go_on() {
     for broken in [0, 2] {
         std::fs::write(directories[broken].join("m.gguf"), &expected).unwrap();
         let (mut reader, copies) = mirrored(opened(&directories).unwrap(), ReaderKind::Auto);
-        // Cut while it is in use: its reads end early. Its bytes so far were right.
+        // Cut while it is in use: its reads end early. Bytes of it that are here by then were right.
         let cut = directories[broken].join("m.gguf");
         let bytes = read_all(&mut reader, &mut |done| {
             if done == 4 {
@@ -119,13 +126,14 @@ fn a_copy_that_fails_is_dropped_and_the_others_go_on() {
             }
         });
         assert!(bytes.unwrap() == expected);
+        let said = reader.check_unchanged(0).map_err(|error| error.kind());
+        match broken {
+            0 => assert_eq!(said, Err(ErrorKind::Truncated), "the model itself"),
+            _ => assert_eq!(said, Ok(()), "what is dropped is looked at no more"),
+        }
         let stats = copies.stats();
         assert!(stats[broken].is_dropped, "{stats:?}");
         assert_eq!(stats.iter().filter(|copy| copy.is_dropped).count(), 1);
-        assert!(
-            reader.check_unchanged(0).is_ok(),
-            "what is dropped is looked at no more"
-        );
         std::fs::write(&cut, &expected).unwrap();
     }
 }
@@ -146,14 +154,84 @@ fn with_no_copy_left_the_failure_is_told() {
 }
 
 #[test]
-fn a_copy_that_changes_is_dropped_and_said() {
-    let (_root, directories) = copies(2);
+fn a_copy_that_changes_is_dropped_and_the_model_itself_is_an_error() {
+    let (_root, directories) = copies(3);
     let (mut reader, copies) = mirrored(opened(&directories).unwrap(), ReaderKind::Auto);
     assert!(reader.check_unchanged(0).is_ok());
     std::fs::write(directories[1].join("m.gguf"), b"other").unwrap();
-    assert!(reader.check_unchanged(0).is_err());
+    assert!(reader.check_unchanged(0).is_ok(), "the others go on");
     assert!(copies.stats()[1].is_dropped);
-    assert!(reader.check_unchanged(0).is_ok());
+    rewrite(&directories[0].join("m.gguf"), Writer::InPlace);
+    for _ in 0..2 {
+        let error = reader.check_unchanged(0).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Changed, "{error}");
+    }
+    let dropped = copies.stats().into_iter().map(|copy| copy.is_dropped);
+    assert_eq!(dropped.collect::<Vec<_>>(), [true, true, false]);
+    // The last one has nobody to go on.
+    std::fs::write(directories[2].join("m.gguf"), b"other").unwrap();
+    assert!(reader.check_unchanged(0).is_err());
+}
+
+/// How a newer model takes the place of a copy.
+#[derive(Debug, Clone, Copy)]
+enum Writer {
+    /// `rsync --inplace`.
+    InPlace,
+    /// `cp`: cut to nothing, then written.
+    Truncating,
+}
+
+/// Other bytes, as many of them, under the same inode.
+fn rewrite(path: &Path, writer: Writer) {
+    let other: Vec<u8> = std::fs::read(path).unwrap().iter().map(|b| !b).collect();
+    let mut options = std::fs::OpenOptions::new();
+    options
+        .write(true)
+        .truncate(matches!(writer, Writer::Truncating));
+    let mut file = options.open(path).unwrap();
+    std::io::Write::write_all(&mut file, &other).unwrap();
+    // A coarse clock may give two writes the same time.
+    let later = std::time::SystemTime::now() + Duration::from_secs(1);
+    file.set_modified(later).unwrap();
+}
+
+#[test]
+fn bytes_of_a_rewritten_copy_are_read_again_from_the_others() {
+    for kind in [ReaderKind::Auto, ReaderKind::Pread] {
+        for writer in [Writer::InPlace, Writer::Truncating] {
+            let (_root, directories) = copies(2);
+            let expected = std::fs::read(directories[0].join("m.gguf")).unwrap();
+            let (mut reader, copies) = mirrored(opened(&directories).unwrap(), kind);
+            let memory = AlignedMemory::new(LEN_BYTES, PAGE_4K).unwrap();
+            // A fetch is under way on both copies; the ring reads for it in `wait`, after the copy was rewritten.
+            reader.check_unchanged(0).unwrap();
+            let mut pieces = 0;
+            while reader.free() > 0 {
+                submit(&mut reader, &memory, pieces).unwrap();
+                pieces += 1;
+            }
+            let sent = &reader.spread.as_ref().unwrap().sent;
+            assert!(sent.iter().any(|sent| sent.lane == 1), "{sent:?}");
+            rewrite(&directories[1].join("m.gguf"), writer);
+            // The next fetch begins, finds the copy changed, and does without it.
+            reader.check_unchanged(0).unwrap();
+            assert!(copies.stats()[1].is_dropped);
+            // The first one comes to its end.
+            let (mut out, mut done) = (Vec::new(), 0);
+            while done < pieces {
+                reader.wait(None, &mut out).unwrap();
+                for completion in out.drain(..) {
+                    completion.result.unwrap();
+                    done += 1;
+                }
+            }
+            reader.check_unchanged(0).unwrap();
+            let len = (pieces * REQUEST_BYTES) as usize;
+            let right = memory.bytes()[..len] == expected[..len];
+            assert!(right, "{kind} {writer:?}: bytes of the newer file");
+        }
+    }
 }
 
 #[test]
@@ -180,48 +258,59 @@ fn what_is_no_copy_is_refused() {
     assert!(refusal().contains("same file"));
 }
 
-#[test]
-fn requests_follow_the_rates() {
-    let (_root, directories) = copies(2);
-    let (mut reader, _copies) = mirrored(opened(&directories).unwrap(), ReaderKind::Auto);
-    let spread = reader.spread.as_mut().unwrap();
-    spread.depth = 8;
-    // Nothing is known: all are equal.
-    assert_eq!((spread.allowed(0), spread.allowed(1)), (8, 8));
-    spread.lanes[0].rate = 2e9;
-    spread.lanes[1].rate = 0.5e9;
-    assert_eq!((spread.allowed(0), spread.allowed(1)), (8, 2));
-    let now = Instant::now();
-    let mut served = [0, 0];
-    while let Some(lane) = spread.choose(REQUEST_BYTES, false) {
-        spread.lanes[lane].begin(REQUEST_BYTES, now);
-        served[lane] += 1;
-    }
-    assert_eq!(served, [8, 2]);
-    assert_eq!(spread.free(), 0);
-    // A crawling drive still has one request, so that it is noticed when it gets faster.
-    spread.lanes[1].rate = 1e3;
-    assert_eq!(spread.allowed(1), 1);
-    spread.lanes[1].is_dropped = true;
-    assert_eq!((spread.allowed(1), spread.live_count()), (0, 1));
+/// Where at least 16 pages begin that no sample looks at, beyond the head.
+fn unsampled_bytes() -> u64 {
+    let pages: std::collections::BTreeSet<u64> = same::sampled_pages(LEN_BYTES).collect();
+    let gap = |at: &u64| (0..16).all(|page| !pages.contains(&(at + page * PAGE_4K)));
+    (2 * MIB..LEN_BYTES - MIB)
+        .step_by(1 << 16)
+        .find(gap)
+        .unwrap()
 }
 
 #[test]
-fn a_rate_is_what_was_done_while_there_was_something_to_do() {
-    let mut lane = Lane::default();
-    let begin = Instant::now();
-    for _ in 0..RATE_REQUESTS {
-        lane.begin(1 << 20, begin);
+fn an_interrupted_copy_of_the_right_length_is_refused() {
+    let (_root, directories) = copies(2);
+    let copy = directories[1].join("m.gguf");
+    let bytes = std::fs::read(&copy).unwrap();
+    let gap = unsampled_bytes()..unsampled_bytes() + 16 * PAGE_4K;
+    for preallocated in [false, true] {
+        let file = std::fs::File::create(&copy).unwrap();
+        file.set_len(LEN_BYTES).unwrap();
+        let mode = nix::fcntl::FallocateFlags::empty();
+        let len = i64::try_from(LEN_BYTES).unwrap();
+        if preallocated && nix::fcntl::fallocate(&file, mode, 0, len).is_err() {
+            continue; // Not every filesystem has it.
+        }
+        let (before, after) = (gap.start as usize, gap.end as usize);
+        file.write_all_at(&bytes[..before], 0).unwrap();
+        file.write_all_at(&bytes[after..], gap.end).unwrap();
+        file.sync_all().unwrap();
+        let error = opened(&directories).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        let place = format!("at offset {}", gap.start);
+        assert!(error.to_string().contains(&place), "{error}");
     }
-    for _ in 0..RATE_REQUESTS {
-        lane.end(1 << 20, begin + Duration::from_millis(4));
-    }
-    let expected = f64::from(RATE_REQUESTS) * f64::from(1 << 20) / 0.004;
-    assert!((lane.rate / expected - 1.0).abs() < 1e-6, "{}", lane.rate);
-    // Idle time is not slowness: it starts anew.
-    assert!(lane.busy_since.is_none());
-    let later = begin + Duration::from_secs(60);
-    lane.begin(1 << 20, later);
-    lane.end(1 << 20, later + Duration::from_millis(1));
-    assert!((lane.rate / expected - 1.0).abs() < 1e-6, "{}", lane.rate);
+}
+
+#[test]
+fn a_sparse_copy_of_a_model_with_zeros_is_a_copy() {
+    let (_root, directories) = copies(2);
+    let (model, copy) = (directories[0].join("m.gguf"), directories[1].join("m.gguf"));
+    let mut bytes = std::fs::read(&model).unwrap();
+    let zeros = 4_usize << 20..6_usize << 20;
+    bytes[zeros.clone()].fill(0);
+    std::fs::write(&model, &bytes).unwrap();
+    // As `cp --sparse=always` makes it, of a model that has its zeros written out.
+    let file = std::fs::File::create(&copy).unwrap();
+    file.set_len(LEN_BYTES).unwrap();
+    file.write_all_at(&bytes[..zeros.start], 0).unwrap();
+    file.write_all_at(&bytes[zeros.end..], zeros.end as u64)
+        .unwrap();
+    assert!(opened(&directories).is_ok());
+    // And the other way round; and both with a hole.
+    std::fs::rename(&model, directories[0].join("whole")).unwrap();
+    std::fs::rename(&copy, &model).unwrap();
+    std::fs::rename(directories[0].join("whole"), &copy).unwrap();
+    assert!(opened(&directories).is_ok());
 }

@@ -120,6 +120,9 @@ pub struct ReaderOptions {
     /// Several threads submit and wait, one at a time and each until nothing is in flight; false binds the reader to the
     /// first.
     pub any_thread: bool,
+    /// The files are those of so many drives, equally many of each, one drive behind the other; 0 = one. Threads that
+    /// read have one each to themselves.
+    pub drives_count: u32,
     /// CPUs for the threads of the pread reader; empty = wherever the scheduler puts them. The thread that drives a
     /// reader pins itself with [`pin_current_thread`].
     pub cpus: Vec<u32>,
@@ -136,6 +139,7 @@ impl Default for ReaderOptions {
             deadline_ns: 30_000_000_000,
             retries: 4,
             any_thread: false,
+            drives_count: 1,
             cpus: Vec::new(),
         }
     }
@@ -442,6 +446,7 @@ struct Setup {
     rules: Rules,
     depth: usize,
     any_thread: bool,
+    drives_count: u32,
     cpus: Vec<u32>,
     faults: Faults,
     request_bytes: u32,
@@ -478,6 +483,7 @@ impl Setup {
             },
             depth: depth as usize,
             any_thread: options.any_thread,
+            drives_count: options.drives_count,
             cpus: options.cpus.clone(),
             faults,
             request_bytes,
@@ -510,8 +516,14 @@ impl Setup {
             fallback,
         };
         let injector = Injector::new(self.faults);
-        let reader =
-            pread::PreadReader::new(self.files, self.rules, self.depth, injector, &self.cpus)?;
+        let reader = pread::PreadReader::new(
+            self.files,
+            self.rules,
+            self.depth,
+            injector,
+            &self.cpus,
+            self.drives_count as usize,
+        )?;
         Ok(Reader::Pread(reader, resolved))
     }
 }

@@ -1,6 +1,7 @@
-//! The pread reader: up to four threads that read the same descriptors, for systems that do not allow io_uring.
+//! The pread reader: up to four threads that read the same descriptors, for systems that do not allow io_uring. Files of
+//! several drives (copies of a model) have as many threads and a queue for each drive.
 //!
-//! Invariants: same behaviour as the ring; the lock is never held across a system call other than waiting for it; a
+//! Invariants: same behaviour as the ring; a drive that hangs keeps no other waiting; the lock is never held across a system call other than waiting for it; a
 //! thread that never comes back keeps its entry, and the memory of that entry is reported as not returned.
 //! Place: `reader` of `file -> catalog -> plan -> reader -> pool -> lease -> host`.
 #![allow(unsafe_code)]
@@ -18,7 +19,7 @@ use super::request::{Ask, Busy, Flight, Label, Rules, Step, Tally};
 use super::{Completion, Counters, Request, pin_current_thread};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Most threads. On the drive of `default_request_bytes`, 4 MiB requests, GB/s: one thread 1.3 to 1.8, two 1.6, three
+/// Most threads for one drive. On the drive of `default_request_bytes`, 4 MiB requests, GB/s: one thread 1.3 to 1.8, two 1.6, three
 /// and four 1.7 with 0.010 CPU seconds per GB; more threads only contend.
 const THREADS_MOST: usize = 4;
 
@@ -42,7 +43,8 @@ enum Entry {
 struct Table {
     entries: Box<[Entry]>,
     vacant: Vec<u32>,
-    queue: VecDeque<u32>,
+    /// One for each drive.
+    queues: Box<[VecDeque<u32>]>,
     done: VecDeque<u32>,
     woken: bool,
     stop: bool,
@@ -55,16 +57,26 @@ struct Table {
 
 struct Shared {
     table: Mutex<Table>,
-    /// There is something to read, or it is time to stop.
-    work: Condvar,
+    /// There is something to read, or it is time to stop: one for each drive.
+    work: Box<[Condvar]>,
     /// Something is done, a thread ended, or the waker was used.
     news: Condvar,
     files: Arc<[ShardFile]>,
+    files_per_drive: usize,
     rules: Rules,
     injector: Injector,
 }
 
 impl Shared {
+    /// Which drive a file is on.
+    fn drive_of(&self, shard_index: u32) -> usize {
+        (shard_index as usize / self.files_per_drive).min(self.work.len() - 1)
+    }
+
+    fn wake_all(&self) {
+        self.work.iter().for_each(Condvar::notify_all);
+    }
+
     /// No thread panics while it holds the lock; if one did, the table is still the best knowledge there is.
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
@@ -105,20 +117,25 @@ impl fmt::Debug for PreadReader {
 }
 
 impl PreadReader {
+    /// The files are those of `drives_count` drives, equally many of each, one drive behind the other.
     pub(super) fn new(
         files: Arc<[ShardFile]>,
         rules: Rules,
         depth: usize,
         injector: Injector,
         cpus: &[u32],
+        drives_count: usize,
     ) -> Result<Self> {
+        let drives_count = drives_count.max(1);
         // Twice the depth: requests that never come back must not stop the others.
         let entry_count = depth * 2;
         let shared = Arc::new(Shared {
             table: Mutex::new(Table {
                 entries: (0..entry_count).map(|_| Entry::Vacant).collect(),
                 vacant: (0..entry_count as u32).rev().collect(),
-                queue: VecDeque::with_capacity(entry_count),
+                queues: (0..drives_count)
+                    .map(|_| VecDeque::with_capacity(entry_count))
+                    .collect(),
                 done: VecDeque::with_capacity(entry_count),
                 woken: false,
                 stop: false,
@@ -128,24 +145,26 @@ impl PreadReader {
                 quarantined: 0,
                 busy: Busy::default(),
             }),
-            work: Condvar::new(),
+            work: (0..drives_count).map(|_| Condvar::new()).collect(),
             news: Condvar::new(),
+            files_per_drive: (files.len() / drives_count).max(1),
             files,
             rules,
             injector,
         });
         let mut reader = Self {
             shared,
-            threads: Vec::with_capacity(THREADS_MOST),
+            threads: Vec::with_capacity(THREADS_MOST * drives_count),
             depth,
         };
-        for number in 0..depth.min(THREADS_MOST) {
-            reader.start_thread(number, cpus)?;
+        let threads_per_drive = (depth / drives_count).clamp(1, THREADS_MOST);
+        for number in 0..threads_per_drive * drives_count {
+            reader.start_thread(number, number / threads_per_drive, cpus)?;
         }
         Ok(reader)
     }
 
-    fn start_thread(&mut self, number: usize, cpus: &[u32]) -> Result<()> {
+    fn start_thread(&mut self, number: usize, drive: usize, cpus: &[u32]) -> Result<()> {
         let shared = Arc::clone(&self.shared);
         let cpus = cpus.to_vec();
         self.shared.lock().running_threads += 1;
@@ -155,7 +174,7 @@ impl PreadReader {
                 if let Err(error) = pin_current_thread(&cpus) {
                     log::warn!("reader thread: {error}");
                 }
-                read_until_stopped(&shared);
+                read_until_stopped(&shared, drive);
                 shared.lock().running_threads -= 1;
                 shared.news.notify_all();
             })
@@ -217,9 +236,10 @@ impl PreadReader {
             return Ok(());
         }
         table.entries[index as usize] = Entry::Queued(flight);
-        table.queue.push_back(index);
+        let drive = self.shared.drive_of(request.shard_index);
+        table.queues[drive].push_back(index);
         drop(table);
-        self.shared.work.notify_one();
+        self.shared.work[drive].notify_one();
         Ok(())
     }
 
@@ -263,7 +283,7 @@ impl PreadReader {
         let give_up = Instant::now() + bound;
         let mut table = self.shared.lock();
         table.stop = true;
-        self.shared.work.notify_all();
+        self.shared.wake_all();
         while table.running_threads > 0 {
             let left = give_up.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -327,9 +347,11 @@ impl Table {
             match &mut self.entries[index] {
                 Entry::Queued(flight) if flight.label.deadline <= now => {
                     let late = flight.label.late(&shared.files, &shared.rules);
+                    let shard_index = flight.label.shard_index;
                     out.push(flight.label.completion(Err(late), true));
                     self.entries[index] = Entry::Vacant;
-                    self.queue.retain(|&queued| queued != index as u32);
+                    let drive = shared.drive_of(shard_index);
+                    self.queues[drive].retain(|&queued| queued != index as u32);
                     self.vacant.push(index as u32);
                 }
                 Entry::Reading { label, reported } if !*reported && label.deadline <= now => {
@@ -359,7 +381,7 @@ impl Table {
 
     /// What no thread works on is given up.
     fn give_up_ours(&mut self) {
-        self.queue.clear();
+        self.queues.iter_mut().for_each(VecDeque::clear);
         self.done.clear();
         for index in 0..self.entries.len() {
             if matches!(self.entries[index], Entry::Queued(_) | Entry::Done(..)) {
@@ -370,9 +392,9 @@ impl Table {
         }
     }
 
-    /// A thread takes the oldest request.
-    fn take(&mut self) -> Option<(u32, Flight)> {
-        let index = self.queue.pop_front()?;
+    /// A thread takes the oldest request of its drive.
+    fn take(&mut self, drive: usize) -> Option<(u32, Flight)> {
+        let index = self.queues[drive].pop_front()?;
         let entry = &mut self.entries[index as usize];
         let Entry::Queued(flight) = std::mem::replace(entry, Entry::Vacant) else {
             return None;
@@ -400,12 +422,11 @@ impl Table {
 }
 
 /// The life of a reader thread.
-fn read_until_stopped(shared: &Shared) {
+fn read_until_stopped(shared: &Shared, drive: usize) {
     let mut table = shared.lock();
     while !table.stop {
-        let Some((index, mut flight)) = table.take() else {
-            table = shared
-                .work
+        let Some((index, mut flight)) = table.take(drive) else {
+            table = shared.work[drive]
                 .wait(table)
                 .unwrap_or_else(PoisonError::into_inner);
             continue;
@@ -434,7 +455,7 @@ fn read_whole(shared: &Shared, flight: &mut Flight, tally: &mut Tally) -> Result
             None => pread(file, &ask),
         };
         if ask.fate.stuck {
-            hang_until_stopped(shared);
+            hang_until_stopped(shared, flight.label.shard_index);
         }
         match flight.answer(result, &shared.files, &shared.rules, tally) {
             Step::Ask => {}
@@ -475,11 +496,11 @@ fn pread(file: &ShardFile, ask: &Ask) -> i64 {
 }
 
 /// What a thread does whose read is meant never to come back.
-fn hang_until_stopped(shared: &Shared) {
+fn hang_until_stopped(shared: &Shared, shard_index: u32) {
+    let drive = shared.drive_of(shard_index);
     let mut table = shared.lock();
     while !table.stop {
-        table = shared
-            .work
+        table = shared.work[drive]
             .wait(table)
             .unwrap_or_else(PoisonError::into_inner);
     }

@@ -163,7 +163,7 @@ impl Flight {
 
     /// The next read. Asks for whole 4 KiB up to the end of the file and no further.
     pub(super) fn ask(&mut self, injector: &Injector) -> Ask {
-        self.fate = injector.next_read();
+        self.fate = injector.next_read(self.label.shard_index);
         let start = self.resume_bytes();
         let end = align_up(self.label.held_bytes, PAGE_4K)
             .map_or(self.len_bytes, |e| e.min(self.len_bytes));

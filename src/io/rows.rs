@@ -7,7 +7,8 @@
 //!
 //! Invariants: all memory is taken and prefaulted when the reader is made, within a budget; a place that the kernel
 //! reads into belongs to one read; a page enters the cache only after its last byte arrived; a call either fills all of
-//! its output or fails. Place: a user of `reader` in `file -> catalog -> plan -> reader -> pool -> lease -> host`.
+//! its output or fails, and nothing of a call that failed stays in the cache. Where there are copies of the model, one whose
+//! drive fails is used no more and the next one serves. Place: a user of `reader` in `file -> catalog -> plan -> reader -> pool -> lease -> host`.
 #![allow(unsafe_code)]
 
 mod cache;
@@ -18,6 +19,8 @@ mod tests;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::fault::Faults;
+use super::mirror::{Copies, is_change};
 use super::{AlignedMemory, Completion, Reader, ReaderKind, ReaderOptions, Request, ShardFile};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -79,6 +82,10 @@ struct Want {
 pub struct RowReader {
     table: RowTable,
     files: Arc<[ShardFile]>,
+    /// The copies that the files are, one behind the other; `None` where there is one.
+    copies: Option<Arc<Copies>>,
+    /// The one that is read.
+    copy: usize,
     reader: Reader,
     /// `None` only while it is dropped.
     memory: Option<AlignedMemory>,
@@ -108,6 +115,31 @@ impl RowReader {
     /// `Invalid` for a table that is not in its file or options out of range; `Refused` for a budget that does not hold
     /// the reads in flight; `NoMemory`; those of [`Reader::new`].
     pub fn new(files: Arc<[ShardFile]>, table: RowTable, options: &RowOptions) -> Result<Self> {
+        Self::with_faults((files, None), table, options, Faults::from_env()?)
+    }
+
+    /// [`RowReader::new`] where the files are `copies` of a model, one behind the other: if the drive of one fails, the next one
+    /// serves.
+    ///
+    /// # Errors
+    /// As [`RowReader::new`].
+    pub fn of_copies(
+        files: Arc<[ShardFile]>,
+        copies: Arc<Copies>,
+        table: RowTable,
+        options: &RowOptions,
+    ) -> Result<Self> {
+        let files = (files, Some(copies));
+        Self::with_faults(files, table, options, Faults::from_env()?)
+    }
+
+    /// With faults given instead of read from the environment.
+    fn with_faults(
+        (files, copies): (Arc<[ShardFile]>, Option<Arc<Copies>>),
+        table: RowTable,
+        options: &RowOptions,
+        faults: Faults,
+    ) -> Result<Self> {
         options.check()?;
         table.check(&files)?;
         let base_bytes = table.offset_bytes / PAGE_4K * PAGE_4K;
@@ -126,13 +158,16 @@ impl RowReader {
             page_bytes: PAGE_4K,
             // A call leaves nothing in flight.
             any_thread: true,
+            drives_count: copies.as_ref().map_or(1, |copies| copies.count() as u32),
             ..ReaderOptions::default()
         };
         let depth = options.depth as usize;
         Ok(Self {
             table,
-            reader: Reader::new(Arc::clone(&files), &reader_options)?,
+            reader: Reader::with_faults(Arc::clone(&files), &reader_options, faults)?,
             files,
+            copies,
+            copy: 0,
             memory_bytes: memory.len_bytes()
                 + PageCache::account_bytes(options.policy, pages_count, slots),
             memory: Some(memory),
@@ -156,6 +191,17 @@ impl RowReader {
             broken: false,
             counters: RowCounters::default(),
         })
+    }
+
+    /// Which file the table is read from.
+    fn shard_index(&self) -> u32 {
+        let copies_count = self.copies.as_ref().map_or(1, |copies| copies.count());
+        let shards_count = self.files.len() / copies_count.max(1);
+        (self.copy * shards_count) as u32 + self.table.shard_index
+    }
+
+    fn file(&self) -> &ShardFile {
+        &self.files[self.shard_index() as usize]
     }
 
     /// The table.
@@ -185,7 +231,7 @@ impl RowReader {
     /// Everything that is less than asked for: threads instead of io_uring, the page cache instead of O_DIRECT.
     #[must_use]
     pub fn fallbacks(&self) -> Vec<String> {
-        let file = &self.files[self.table.shard_index as usize];
+        let file = self.file();
         let mut fallbacks: Vec<String> = self.reader.fallback().into_iter().collect();
         fallbacks.extend(file.direct().fallback().map(str::to_owned));
         fallbacks
@@ -210,6 +256,47 @@ impl RowReader {
     /// the file was written to; `Io`, `Timeout` when the drive fails. What is in `out` then means nothing.
     pub fn read(&mut self, ids: &[u32], out: &mut [u8]) -> Result<()> {
         self.check_call(ids, out)?;
+        self.pass_over_dropped();
+        while let Err(error) = self.read_from_one(ids, out) {
+            // A file that turned out to have changed has left pages there.
+            self.cache.clear();
+            self.turn_to_next(error)?;
+        }
+        self.counters.rows += ids.len() as u64;
+        Ok(())
+    }
+
+    /// What the stream found out about copies need not be found out again.
+    fn pass_over_dropped(&mut self) {
+        let Some(copies) = &self.copies else { return };
+        while self.copy + 1 < copies.count() && copies.is_dropped(self.copy) {
+            self.copy += 1;
+        }
+    }
+
+    /// The next copy, after one whose drive failed, or one other than the model itself that was written to.
+    ///
+    /// # Errors
+    /// `error`, where the next copy would be no answer to it or there is none.
+    fn turn_to_next(&mut self, error: Error) -> Result<()> {
+        let is_of_copy = match error.kind() {
+            ErrorKind::Io | ErrorKind::Timeout => true,
+            _ => is_change(&error) && self.copy > 0,
+        };
+        let copies = self
+            .copies
+            .as_ref()
+            .filter(|copies| is_of_copy && !self.broken && self.copy + 1 < copies.count());
+        let Some(copies) = copies else {
+            return Err(error);
+        };
+        copies.drop_one(self.copy, &error);
+        self.copy += 1;
+        Ok(())
+    }
+
+    /// The whole call, from the copy that is in use.
+    fn read_from_one(&mut self, ids: &[u32], out: &mut [u8]) -> Result<()> {
         self.wants.clear();
         self.order.clear();
         self.order.extend(ids.iter().copied().zip(0..));
@@ -225,9 +312,8 @@ impl RowReader {
         result?;
         self.repeat(out);
         if self.counters.reads > reads_before {
-            self.files[self.table.shard_index as usize].check_unchanged()?;
+            self.file().check_unchanged()?;
         }
-        self.counters.rows += ids.len() as u64;
         Ok(())
     }
 
@@ -261,7 +347,7 @@ impl RowReader {
     }
 
     fn check_call(&self, ids: &[u32], out: &[u8]) -> Result<()> {
-        let path = self.files[self.table.shard_index as usize].path().display();
+        let path = self.file().path().display();
         if self.broken {
             let context = format!("{path}: the row reader failed before; make another one");
             return Err(Error::new(ErrorKind::Io, context));
@@ -373,7 +459,7 @@ impl RowReader {
         let len_bytes = u64::from(run.pages_count) * PAGE_4K;
         let request = Request {
             key: u64::from(place),
-            shard_index: self.table.shard_index,
+            shard_index: self.shard_index(),
             offset_bytes: self.base_bytes + u64::from(run.first_page) * PAGE_4K,
             len_bytes,
             // SAFETY: place < depth, and the memory begins with depth places of read_bytes each.

@@ -7,6 +7,7 @@ const ABSENT: u32 = u32::MAX;
 
 #[derive(Debug)]
 pub(super) struct PageCache {
+    kind: PolicyKind,
     policy: Policy,
     slot_of: Vec<u32>,
     used: u32,
@@ -15,6 +16,7 @@ pub(super) struct PageCache {
 impl PageCache {
     pub(super) fn new(kind: PolicyKind, pages_count: u32, slots: u32) -> Self {
         Self {
+            kind,
             policy: Policy::new(kind, pages_count, slots),
             slot_of: vec![ABSENT; pages_count as usize],
             used: 0,
@@ -25,6 +27,12 @@ impl PageCache {
     pub(super) fn account_bytes(kind: PolicyKind, pages_count: u32, slots: u32) -> u64 {
         Policy::account_bytes(kind, pages_count, slots)
             + u64::from(pages_count) * size_of::<u32>() as u64
+    }
+
+    /// Forgets all pages.
+    pub(super) fn clear(&mut self) {
+        let pages_count = self.slot_of.len() as u32; // it was one
+        *self = Self::new(self.kind, pages_count, self.capacity());
     }
 
     pub(super) const fn capacity(&self) -> u32 {

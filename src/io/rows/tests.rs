@@ -235,3 +235,96 @@ fn a_file_that_shrinks_under_the_reader_is_an_error_and_not_zeros() {
     let again = reader.read(&[5], &mut [0; 4096]).unwrap_err();
     assert_eq!(again.kind(), ErrorKind::Truncated, "{again}");
 }
+
+#[test]
+fn what_a_failed_call_read_is_not_kept() {
+    let given = Given::new();
+    let mut reader = given.reader(table(0, 4096), &options(4, 4096, 4 << 20));
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(&given.path)
+        .unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[1; 4096], 7 * 4096).unwrap();
+    // A coarse clock may give two writes the same time.
+    let later = std::time::SystemTime::now() + Duration::from_secs(1);
+    file.set_modified(later).unwrap();
+    for _ in 0..2 {
+        let error = reader.read(&[7], &mut [0; 4096]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Changed, "{error}");
+    }
+    assert_eq!(reader.counters().page_hits, 0);
+}
+
+#[cfg(feature = "faults")]
+mod copies {
+    use super::*;
+
+    /// A reader over three copies, some of whose drives are dead; their paths, and what is known about them.
+    fn reader(given: &Given, faults: &str) -> (RowReader, Vec<PathBuf>, Arc<Copies>) {
+        let mut paths = vec![given.path.clone()];
+        paths.extend(["second", "third"].map(|name| given.path.with_file_name(name)));
+        for path in &paths[1..] {
+            std::fs::write(path, &given.bytes).unwrap();
+        }
+        let files = paths.iter().map(|path| ShardFile::open(path).unwrap());
+        let files: Arc<[ShardFile]> = files.collect();
+        let copies = Arc::new(Copies::new(&files, 1));
+        let (table, options) = (table(0, 4096), options(4, 4096, 4 << 20));
+        let faults = Faults::parse(faults).unwrap();
+        let files = (files, Some(Arc::clone(&copies)));
+        let reader = RowReader::with_faults(files, table, &options, faults).unwrap();
+        (reader, paths, copies)
+    }
+
+    fn dropped(copies: &Copies) -> Vec<bool> {
+        let all = copies.stats().into_iter();
+        all.map(|copy| copy.is_dropped).collect()
+    }
+
+    #[test]
+    fn rows_come_from_a_copy_where_the_models_drive_fails() {
+        let given = Given::new();
+        let (mut reader, _, copies) = reader(&given, "dead=0");
+        given.check(&mut reader, &[3, 700, 3]);
+        assert_eq!(dropped(&copies), [true, false, false]);
+        // It is not tried again: nothing else would make the reader repeat a read.
+        let retries = reader.reader_counters().retries;
+        assert!(retries > 0);
+        given.check(&mut reader, &(0..60).collect::<Vec<_>>());
+        assert_eq!(reader.reader_counters().retries, retries);
+    }
+
+    #[test]
+    fn a_copy_that_was_written_to_is_passed_over_and_the_last_failure_is_told() {
+        let given = Given::new();
+        let (mut reader, paths, copies) = reader(&given, "dead=0");
+        let other: Vec<u8> = given.bytes.iter().map(|byte| !byte).collect();
+        std::fs::write(&paths[1], &other).unwrap();
+        given.check(&mut reader, &[3, 4, 5]);
+        assert_eq!(dropped(&copies), [true, true, false]);
+        std::fs::write(&paths[2], &other[..4096]).unwrap();
+        let error = reader.read(&[90], &mut [0; 4096]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Truncated, "{error}");
+    }
+
+    #[test]
+    fn a_copy_that_the_stream_dropped_is_not_asked() {
+        let given = Given::new();
+        let (mut reader, _, copies) = reader(&given, "dead=0");
+        copies.drop_one(0, &Error::new(ErrorKind::Io, "as the stream saw it"));
+        given.check(&mut reader, &[3]);
+        assert_eq!(reader.reader_counters().retries, 0);
+    }
+
+    #[test]
+    fn a_model_that_was_written_to_is_an_error_whatever_its_copies_are() {
+        let given = Given::new();
+        let (mut reader, paths, copies) = reader(&given, "");
+        std::fs::write(&paths[0], &given.bytes[..1 << 20]).unwrap();
+        for _ in 0..2 {
+            let error = reader.read(&[3], &mut [0; 4096]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Truncated, "{error}");
+        }
+        assert_eq!(dropped(&copies), [false; 3]);
+    }
+}
