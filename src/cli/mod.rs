@@ -50,7 +50,7 @@ use crate::units;
 
 /// The environment variables flea reads, besides one for each key of flead.toml (`FLEA_LIMITS_CLIENTS`). Any other
 /// `FLEA_*` is a slip of the fingers and is warned about.
-pub const ENVIRONMENT: [&str; 13] = [
+pub const ENVIRONMENT: [&str; 14] = [
     "FLEA_MEMORY",
     "FLEA_MODEL",
     "FLEA_STATS",
@@ -64,6 +64,7 @@ pub const ENVIRONMENT: [&str; 13] = [
     "FLEA_VRAM",
     "FLEA_GPU",
     "FLEA_GGML_CUDA",
+    "FLEA_CACHE",
 ];
 
 /// Options that an environment variable stands in for.

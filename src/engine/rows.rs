@@ -2,8 +2,8 @@
 //!
 //! Rows are copied out and lie in no window: at constant addresses every few of their pages would be a mapping of its own,
 //! and a process has 65530 of them. Invariants: a row reader takes its memory before the plan is made, so that the plan
-//! counts it as the host's; what a call copies out is the file's bytes, or a copy's where its drive failed, or the call fails. Place: beside the stream in
-//! `file -> catalog -> plan -> reader -> pool -> lease -> host`; it uses `reader` alone.
+//! counts it as the host's; what a call copies out is the file's bytes, or a copy's where its drive failed, or the call
+//! fails. Place: beside the stream in `file -> catalog -> plan -> reader -> pool -> lease -> host`; it uses `reader` alone.
 
 use super::model::Model;
 use super::options::BudgetSpec;

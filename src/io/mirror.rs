@@ -2,9 +2,9 @@
 //!
 //! A wrapper around one [`Reader`] whose files are the shards of every copy, one copy behind the other. Every copy has a
 //! queue of its own, as long as the fastest copy takes for its depth: a slow drive gets what it can do in that time, and one
-//! that cannot do a single request nothing but a probe now and then. A copy that fails is dropped, its requests go to the others, and it is said. Invariants:
-//! bytes are handed out only from copies that had not changed when the last of them was read; a request whose memory the
-//! kernel keeps is never asked for again. Without mirrors every call is passed on as it is.
+//! that cannot do a single request nothing but a probe now and then. A copy that fails is dropped, its requests go to the
+//! others, and it is said. Invariants: bytes are handed out only from copies that had not changed when the last of them was
+//! read; a request whose memory the kernel keeps is never asked for again. Without mirrors every call is passed on as it is.
 //! Place: `reader` of `file -> catalog -> plan -> reader -> pool -> lease -> host`.
 #![allow(unsafe_code)]
 

@@ -1,8 +1,9 @@
 //! The pread reader: up to four threads that read the same descriptors, for systems that do not allow io_uring. Files of
 //! several drives (copies of a model) have as many threads and a queue for each drive.
 //!
-//! Invariants: same behaviour as the ring; a drive that hangs keeps no other waiting; the lock is never held across a system call other than waiting for it; a
-//! thread that never comes back keeps its entry, and the memory of that entry is reported as not returned.
+//! Invariants: same behaviour as the ring; a drive that hangs keeps no other waiting; the lock is never held across a system
+//! call other than waiting for it; a thread that never comes back keeps its entry, and the memory of that entry is reported
+//! as not returned.
 //! Place: `reader` of `file -> catalog -> plan -> reader -> pool -> lease -> host`.
 #![allow(unsafe_code)]
 

@@ -8,7 +8,8 @@
 //! Invariants: all memory is taken and prefaulted when the reader is made, within a budget; a place that the kernel
 //! reads into belongs to one read; a page enters the cache only after its last byte arrived; a call either fills all of
 //! its output or fails, and nothing of a call that failed stays in the cache. Where there are copies of the model, one whose
-//! drive fails is used no more and the next one serves. Place: a user of `reader` in `file -> catalog -> plan -> reader -> pool -> lease -> host`.
+//! drive fails is used no more and the next one serves.
+//! Place: a user of `reader` in `file -> catalog -> plan -> reader -> pool -> lease -> host`.
 #![allow(unsafe_code)]
 
 mod cache;

@@ -56,7 +56,8 @@ impl Stock {
             Error::new(ErrorKind::NotFound, context)
         })?;
         cached::make_cold(&self.path)?;
-        touch_memory(file_bytes(&self.path)? / 100 * u64::from(percent))?;
+        // llama.cpp's loader maps all of the file before the device takes its memory.
+        touch_memory(file_bytes(&self.path)? / 100 * u64::from(100 + percent))?;
         let told = std::env::temp_dir().join(format!("flea-suite-{}.json", std::process::id()));
         let mut command = self.command(lab)?;
         command.args(["--device", "FLEA"]);
