@@ -10,13 +10,13 @@ mod gguf_bytes;
 #[path = "common/stock.rs"]
 mod stock;
 
-use common::{flea, number, output, skip, synth};
+use common::{flea, number, output, skip, synth, tiny};
 use gguf_bytes::{GgufBytes, text, typed};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
-use stock::{Stock, assert_streamed, bare, generate, prompt, stderr, take_stats, tiny};
+use stock::{Stock, assert_streamed, bare, generate, prompt, stderr, take_stats};
 
 #[test]
 fn streamed_logits_are_llama_cpps_bit_for_bit() {

@@ -7,10 +7,10 @@ mod fake_cuda;
 #[path = "common/stock.rs"]
 mod stock;
 
-use common::{number, output};
+use common::{number, output, tiny};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use stock::{Stock, generate, stderr, take_stats, tiny};
+use stock::{Stock, generate, stderr, take_stats};
 
 /// What takes ggml-cuda's place, built for the stock llama.cpp: it shares that one's ggml.
 fn ggml_cuda(stock: &Stock, folder: &Path) -> PathBuf {

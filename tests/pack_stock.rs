@@ -9,8 +9,8 @@ mod stock;
 
 use std::path::{Path, PathBuf};
 
-use common::{flea, json, number};
-use stock::{Stock, assert_streamed, tiny};
+use common::{flea, json, number, tiny};
+use stock::{Stock, assert_streamed};
 
 fn packed(model: &Path, folder: &Path) -> (PathBuf, serde_json::Value) {
     let path = folder.join("packed.gguf");

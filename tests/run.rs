@@ -6,37 +6,14 @@ mod daemon;
 #[path = "common/generate.rs"]
 mod generate;
 
-use common::{flea, json, number, synth};
+use common::{flea, json, number, synth, tiny};
 use generate::{after, assert_same, prompts, smallest_percent};
 use serde_json::Value;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 /// Ids that every synthetic vocabulary of these tests has.
 const PROMPT: &str = "1,300,301,302,303,304,305,306,307,308,309,310";
-
-/// A model small enough for a matrix of runs: 6 layers, rows of 256 (the k-quants want that), 600 tokens.
-fn tiny(arch: &str, dtype: &str) -> PathBuf {
-    let mut arguments = vec![
-        "--arch",
-        arch,
-        "--layers",
-        "6",
-        "--embd",
-        "256",
-        "--ffn",
-        "512",
-        "--heads",
-        "4",
-        "--kv-heads",
-        "2",
-    ];
-    arguments.extend(["--vocab", "800", "--type", dtype, "--seed", "7"]);
-    if arch == "mixtral" || arch == "qwen3moe" {
-        arguments.extend(["--experts", "4", "--experts-used", "2"]);
-    }
-    synth(&format!("{arch}-{dtype}"), &arguments)
-}
 
 fn run(model: &Path, arguments: &[&str]) -> Command {
     let mut command = flea();

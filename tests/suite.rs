@@ -62,6 +62,17 @@ fn rounds(count: u32, cases: &str, out: &Path) -> Command {
     command
 }
 
+/// The rows of a case of which some have no figure.
+fn incomplete(command: &mut Command) -> Vec<Value> {
+    let said = output(command);
+    assert_eq!(said.status.code(), Some(1), "{said:?}");
+    let mut answer: Value = serde_json::from_slice(&said.stdout).expect("one JSON object");
+    match answer["cases"][0]["rows"].take() {
+        Value::Array(rows) => rows,
+        other => panic!("no rows: {other}"),
+    }
+}
+
 fn has_fio() -> bool {
     let there = Command::new("fio").arg("--version").output().is_ok();
     if !there {
@@ -188,11 +199,8 @@ fn peers_that_are_not_there_are_rows_that_say_so() {
         .arg(&missing)
         .arg("--python")
         .arg(missing.join("python"));
-    let said = output(&mut command);
-    assert_eq!(said.status.code(), Some(1), "{said:?}");
-    let answer: Value = serde_json::from_slice(&said.stdout).expect("one JSON object");
-    let rows = answer["cases"][0]["rows"].as_array().expect("rows");
-    for row in rows {
+    let rows = incomplete(&mut command);
+    for row in &rows {
         let label = row["label"].as_str().expect("a label");
         let reason = row["missing"].as_str().unwrap_or_default();
         if label.starts_with("flea") {
@@ -220,12 +228,9 @@ fn a_host_without_the_device_is_a_row_that_says_so() {
     let mut command = suite("stock", out.path());
     command.arg("--llama-cpp").arg(&programs);
     command.arg("--ggml-flea").arg(out.path().join("no.so"));
-    let said = output(&mut command);
-    assert_eq!(said.status.code(), Some(1), "{said:?}");
-    let answer: Value = serde_json::from_slice(&said.stdout).expect("one JSON object");
-    let rows = answer["cases"][0]["rows"].as_array().expect("rows");
+    let rows = incomplete(&mut command);
     assert_eq!(rows.len(), 4);
-    for row in rows {
+    for row in &rows {
         let reason = row["missing"].as_str().unwrap_or_default();
         let is_ours = row["label"]
             .as_str()

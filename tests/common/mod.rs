@@ -74,6 +74,29 @@ pub fn synth(name: &str, arguments: &[&str]) -> PathBuf {
     path
 }
 
+/// A model small enough for a matrix of runs: 6 layers, rows of 256 (the k-quants want that), 800 tokens.
+pub fn tiny(arch: &str, dtype: &str) -> PathBuf {
+    let mut arguments = vec![
+        "--arch",
+        arch,
+        "--layers",
+        "6",
+        "--embd",
+        "256",
+        "--ffn",
+        "512",
+        "--heads",
+        "4",
+        "--kv-heads",
+        "2",
+    ];
+    arguments.extend(["--vocab", "800", "--type", dtype, "--seed", "7"]);
+    if arch == "mixtral" || arch == "qwen3moe" {
+        arguments.extend(["--experts", "4", "--experts-used", "2"]);
+    }
+    synth(&format!("{arch}-{dtype}"), &arguments)
+}
+
 /// A llama of so many layers of about 0.8 MB, and a head: small enough for debug builds, large enough for 4 KiB pages to matter.
 pub fn small_llama(name: &str, layers: &str, extra: &[&str]) -> PathBuf {
     let mut arguments = vec!["--arch", "llama", "--layers", layers, "--type", "q8_0"];

@@ -3,7 +3,7 @@
 // A test file uses what it needs.
 #![allow(dead_code)]
 
-use crate::common::{number, output, skip, synth};
+use crate::common::{number, output, skip};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -117,29 +117,6 @@ pub fn take_stats(path: &Path) -> Value {
 
 pub fn stderr(said: &Output) -> String {
     String::from_utf8_lossy(&said.stderr).into_owned()
-}
-
-/// A model small enough for a matrix of runs.
-pub fn tiny(arch: &str, dtype: &str) -> PathBuf {
-    let mut arguments = vec![
-        "--arch",
-        arch,
-        "--layers",
-        "6",
-        "--embd",
-        "256",
-        "--ffn",
-        "512",
-        "--heads",
-        "4",
-        "--kv-heads",
-        "2",
-    ];
-    arguments.extend(["--vocab", "800", "--type", dtype, "--seed", "7"]);
-    if arch == "mixtral" || arch == "qwen3moe" {
-        arguments.extend(["--experts", "4", "--experts-used", "2"]);
-    }
-    synth(&format!("{arch}-{dtype}"), &arguments)
 }
 
 /// Everything is on the device, part of it is streamed, and each graph walked all layers once.

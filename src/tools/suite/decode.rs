@@ -21,6 +21,10 @@ pub const RESIDENT: &str = "resident (--no-stream)";
 const SHORT_PROMPT: usize = 5;
 /// Tokens of the long one.
 const LONG_PROMPT: usize = 64;
+/// Tokens per second times what one takes at least.
+pub(super) const OF_BOUND: Spec = Spec::ratio("of bound").goal(Goal::AtLeast(0.93));
+/// The time to the first token, in that of a pass over all weights.
+pub(super) const FIRST_TOKEN: Spec = Spec::ratio("first token passes").goal(Goal::AtMost(1.15));
 /// What both compute in, as the peers do.
 pub const CONTEXT_TOKENS: &str = "256";
 
@@ -226,8 +230,7 @@ fn judge_decode(run: &Run, resident: Option<&Run>, line: &RoundLine, book: &mut 
     let read_seconds = streamed / 1e9 / line.large.gb_per_second;
     if let Some(compute) = compute {
         if streamed > 0.0 {
-            let bound = Spec::ratio("of bound").goal(Goal::AtLeast(0.93));
-            book.add(&run.label, bound, rate * compute.max(read_seconds));
+            book.add(&run.label, OF_BOUND, rate * compute.max(read_seconds));
         } else {
             let speed = Spec::figure("of resident speed", 3).goal(Goal::AtLeast(0.97));
             book.add(&run.label, speed, rate * compute);
@@ -239,10 +242,9 @@ fn judge_decode(run: &Run, resident: Option<&Run>, line: &RoundLine, book: &mut 
     let all_bytes = streamed + run.get("resident").unwrap_or(0.0);
     if let Some(first) = run.get("first_token") {
         book.add(&run.label, Spec::figure("first token s", 2), first);
-        let passes = Spec::ratio("first token passes").goal(Goal::AtMost(1.15));
         book.add(
             &run.label,
-            passes,
+            FIRST_TOKEN,
             first * line.large.gb_per_second * 1e9 / all_bytes,
         );
     }

@@ -7,11 +7,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::decode::{CONTEXT_TOKENS, make_warm};
+use super::decode::{CONTEXT_TOKENS, FIRST_TOKEN, OF_BOUND, make_warm};
 use super::lab::{Case, Lab, RoundLine, Run, find, number, touch_memory};
 use super::peers::{PEER_LIMIT, llama_cpp, spent};
 use super::report::{Book, CaseReport, Spec};
-use super::stat::Goal;
 use super::{blank, child, file_bytes};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::cached;
@@ -148,15 +147,13 @@ impl Case for Stock {
             };
             let fio = run.line_or(line).large.gb_per_second * 1e9;
             if let Some(resident) = resident {
-                let bound = Spec::ratio("of bound").goal(Goal::AtLeast(0.93));
                 book.add(
                     &run.label,
-                    bound,
+                    OF_BOUND,
                     rate * resident.recip().max(streamed / fio),
                 );
             }
-            let passes = Spec::ratio("first token passes").goal(Goal::AtMost(1.15));
-            book.add(&run.label, passes, first * fio / model);
+            book.add(&run.label, FIRST_TOKEN, first * fio / model);
         }
     }
 }
